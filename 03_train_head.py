@@ -1,0 +1,323 @@
+"""Stage 3: a reward head on the alignment scores.
+
+reads   features.safetensors      chosen, rejected [n, 2K] · mean, std [2K] · split [n]
+writes  reward_head.safetensors   all that scoring new text needs:
+            latents, directions [2K'], [2K', d] · mean, std [2K'] · temperature [1]
+            linear: w1 [2K'] · b1 [1]         mlp: w1 [hidden, 2K'] · b1 [hidden] · w2 [hidden] · b2 [1]
+
+    python 03_train_head.py --run runs/demo --head linear --loss bt
+    python 03_train_head.py --run runs/demo --check
+
+    reward(z) = head((<z, d_j> - mean_j) / std_j)         trained so that reward(chosen) > reward(rejected)
+
+The paper trains with a margin loss whose margin is not published; Bradley-Terry is the default here, --loss margin is
+one flag away. It does not publish learning rate or epochs either, and uses one K: --k auto takes the best on dev.
+"""
+
+import argparse
+import importlib
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+stage1 = importlib.import_module("01_extract")
+UserError = stage1.UserError
+TRAIN, DEV, TEST = range(3)
+
+
+# ---------------------------------------------------------------- the three losses
+
+def bradley_terry_loss(reward_chosen, reward_rejected):
+    """Mean of -log σ(r_chosen - r_rejected) over pairs [n] → scalar. Bradley & Terry (1952)."""
+    return F.softplus(reward_rejected - reward_chosen).mean()       # softplus(-x) = -log σ(x), stable for large |x|
+
+
+def margin_loss(reward_chosen, reward_rejected, margin=1.0):
+    """Mean of max(0, γ - (r_chosen - r_rejected)) over pairs [n] → scalar. The paper's choice; its γ is not published."""
+    return torch.relu(margin - (reward_chosen - reward_rejected)).mean()
+
+
+def bce_loss(reward_chosen, reward_rejected):
+    """Mean binary cross-entropy of single responses, chosen = 1, rejected = 0 → scalar. The paper's weak baseline."""
+    return (F.softplus(-reward_chosen).mean() + F.softplus(reward_rejected).mean()) / 2
+
+
+# ---------------------------------------------------------------- the head
+
+def start_head(width, kind="linear", hidden=512, generator=None):
+    """→ dict of parameters. Linear: zeros. MLP: one hidden layer of ReLU (256·512 + 512 + 512 + 1 in the paper)."""
+    if kind == "linear":
+        return {"w1": torch.zeros(width), "b1": torch.zeros(1)}
+    uniform = lambda *shape, fan: (torch.rand(*shape, generator=generator) * 2 - 1) / fan**0.5
+    return {"w1": uniform(hidden, width, fan=width), "b1": uniform(hidden, fan=width),
+            "w2": uniform(hidden, fan=hidden), "b2": torch.zeros(1)}
+
+
+def apply_head(head, x):
+    """Standardised scores [n, 2K] → rewards [n]."""
+    if "w2" not in head:
+        return x @ head["w1"] + head["b1"]
+    return torch.relu(x @ head["w1"].T + head["b1"]) @ head["w2"] + head["b2"]
+
+
+def fit_head(chosen, rejected, split, kind="linear", loss="bt", margin=1.0, hidden=512, lr=0.01, weight_decay=0.01,
+             epochs=200, patience=20, batch=256, seed=0):
+    """Train one head on standardised scores [n, m] of both sides → (head, its loss on dev).
+
+    AdamW on mini-batches of train pairs; after each epoch the loss on dev; the weights of the best epoch are what is
+    returned. weight_decay is an L2 penalty, weight_decay/2 · ‖w‖² added to the loss.
+    """
+    losses = {"bt": bradley_terry_loss, "margin": lambda c, r: margin_loss(c, r, margin), "bce": bce_loss}
+    generator = torch.Generator().manual_seed(seed)
+    head = start_head(chosen.shape[1], kind, hidden, generator)
+    parameters = [p.requires_grad_() for p in head.values()]
+    adam = torch.optim.Adam(parameters, lr=lr, fused=True)
+    train, dev = [(chosen[split == s], rejected[split == s]) for s in (TRAIN, DEV)]
+    best, kept, since = float("inf"), None, 0
+    for _ in range(epochs):
+        with torch.no_grad():
+            on_dev = float(losses[loss](apply_head(head, dev[0]), apply_head(head, dev[1])))
+        if on_dev < best - 1e-6:
+            best, kept, since = on_dev, {n: p.detach().clone() for n, p in head.items()}, 0
+        else:
+            since += 1
+            if since > patience:
+                break
+        order = torch.randperm(len(train[0]), generator=generator)
+        for pick in order.split(batch):
+            penalty = sum(p.square().sum() for n, p in head.items() if n[0] == "w")
+            value = losses[loss](apply_head(head, train[0][pick]), apply_head(head, train[1][pick])) + weight_decay / 2 * penalty
+            adam.zero_grad()
+            value.backward()
+            adam.step()
+    return kept, best
+
+
+def fit_temperature(difference):
+    """The T > 0 for which σ(Δr / T) has the least negative log-likelihood on dev → float."""
+    grid = torch.logspace(-2, 2, 401)
+    nll = F.softplus(-difference[:, None].float() / grid).mean(0)
+    return float(grid[nll.argmin()])
+
+
+def first_of_each_side(k, total):
+    """Columns of the K first chosen-side and the K first rejected-side latents, of `total` a side."""
+    return torch.cat([torch.arange(k), total + torch.arange(k)])
+
+
+def k_grid(total):
+    """1, 2, 4, … and `total` itself."""
+    return [2**i for i in range(20) if 2**i < total] + [total]
+
+
+def fit_best(chosen, rejected, split, columns_of, choices, seeds, **settings):
+    """The same search for the method and for every control: the choice with the lowest dev loss, then all seeds.
+
+    columns_of(choice) → columns of the standardised scores. → (choice, heads of all seeds, their dev losses, the curve).
+    """
+    curve = {}
+    if len(choices) > 1:
+        for choice in choices:
+            columns = columns_of(choice)
+            curve[choice] = fit_head(chosen[:, columns], rejected[:, columns], split, **settings, seed=seeds[0])[1]
+    choice = min(curve, key=curve.get) if curve else choices[0]
+    columns = columns_of(choice)
+    fits = [fit_head(chosen[:, columns], rejected[:, columns], split, **settings, seed=s) for s in seeds]
+    return choice, [h for h, _ in fits], [loss for _, loss in fits], curve
+
+
+def centre(head, chosen, rejected):
+    """Move the head's bias so that the mean reward of the train responses is 0."""
+    bias = "b2" if "w2" in head else "b1"
+    mean = torch.cat([apply_head(head, chosen), apply_head(head, rejected)]).mean()
+    return {**head, bias: head[bias] - mean}
+
+
+# ---------------------------------------------------------------- using it
+
+class RewardModel:
+    """Score text with a trained head. A plain class, so that trainers take it for a function, not for a module."""
+
+    def __init__(self, tensors, meta, backbone):
+        self.tensors, self.meta, self.backbone = tensors, meta, backbone
+        self.head = {n: tensors[n].float() for n in ("w1", "b1", "w2", "b2") if n in tensors}
+        self.directions, self.mean, self.std = (tensors[n].float() for n in ("directions", "mean", "std"))
+        self.temperature = float(tensors["temperature"])
+        self.__name__ = "sparserm_reward"       # trainers log a reward function by its name
+
+    @classmethod
+    def load(cls, path, model=None, device="auto"):
+        """A reward_head.safetensors → RewardModel. `model`: another copy of the backbone (name, folder, or a Backbone
+        of stage 1); the recorded one is opened otherwise, never with remote code. Errors: UserError."""
+        tensors, meta = stage1.load_stage(path, "03_train_head.py")
+        missing = {"directions", "mean", "std", "w1", "b1", "temperature"} - set(tensors)
+        if missing:
+            raise UserError(f"not a reward head: {', '.join(sorted(missing))} missing · {path} · pass reward_head.safetensors")
+        backbone = model if isinstance(model, stage1.Backbone) else \
+            stage1.load_backbone(model or meta["model"], meta["revision"] if model is None else None, meta["dtype"], device)
+        check_backbone(meta, backbone.meta, path)
+        return cls(tensors, meta, backbone)
+
+    def hidden(self, prompts, responses):
+        """The residual-stream vectors that the reward is read from, [n, d] float32."""
+        texts = [stage1.render(self.backbone.tokenizer, p, r, self.meta["max_length"]) for p, r in zip(prompts, responses, strict=True)]
+        return stage1.residuals(self.backbone, texts, [self.meta["layer"]], self.meta["token"])[0].float()
+
+    def vector(self):
+        """A linear head folded to one vector: r = <z, u> + c, with u = Σ_j w_j d_j / std_j → (u [d], c)."""
+        weight = self.head["w1"].double() / self.std.double()
+        u = weight @ self.directions.double()
+        return u.float(), float(self.head["b1"].double() - weight @ self.mean.double())
+
+    def reward_of(self, hidden):
+        """Residual vectors [n, d] → rewards [n]."""
+        if "w2" not in self.head:
+            u, c = self.vector()
+            return hidden @ u + c
+        return apply_head(self.head, (hidden @ self.directions.T - self.mean) / self.std)
+
+    def score(self, prompts, responses):
+        """Raw rewards, 0 on average over the training responses: lists of n prompts and n responses → list of n floats."""
+        if isinstance(prompts, str) or isinstance(responses, str):
+            raise UserError("score takes lists · a single string was given · write score([prompt], [response])")
+        if len(prompts) != len(responses):
+            raise UserError(f"{len(prompts)} prompts, {len(responses)} responses · score · pass one response for each prompt")
+        return self.reward_of(self.hidden(prompts, responses)).tolist() if prompts else []
+
+    def prefer(self, prompt, a, b):
+        """Probability that response a is preferred to b: σ((r_a - r_b) / T), T fitted on dev."""
+        r_a, r_b = self.score([prompt, prompt], [a, b])
+        return float(torch.sigmoid(torch.tensor((r_a - r_b) / self.temperature)))
+
+    def explain(self, prompt, response):
+        """What each latent's direction adds → {reward, bias, contributions: [{latent, side, score, contribution}]}.
+
+        Linear head: w_j (v_j - mean_j) / std_j; with the bias they add up to the reward. MLP: the change when score j is
+        set to its mean (an ablation of the head's input; these do not add up). Neither says what causes a preference.
+        """
+        x = (self.hidden([prompt], [response]) @ self.directions.T - self.mean) / self.std          # [1, 2K]
+        reward = float(apply_head(self.head, x))
+        if "w2" not in self.head:
+            parts, bias = (x[0] * self.head["w1"]).tolist(), float(self.head["b1"])
+        else:
+            without = x.repeat(x.shape[1], 1).fill_diagonal_(0.0)
+            parts, bias = (reward - apply_head(self.head, without)).tolist(), None
+        k = len(parts) // 2
+        rows = [{"latent": int(j), "side": "chosen" if n < k else "rejected", "score": float(x[0, n]), "contribution": c}
+                for n, (j, c) in enumerate(zip(self.tensors["latents"], parts))]
+        return {"reward": reward, "bias": bias, "contributions": sorted(rows, key=lambda r: -abs(r["contribution"]))}
+
+    def __call__(self, prompts, completions, **_):
+        """A TRL reward function: strings or chat messages → list of float, None for a text longer than max_length."""
+        rewards, keep, pairs = [None] * len(prompts), [], []
+        for n, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            text = completion if isinstance(completion, str) else completion[-1]["content"]
+            try:
+                stage1.render(self.backbone.tokenizer, prompt, text, self.meta["max_length"])
+            except UserError:
+                continue
+            keep.append(n)
+            pairs.append((prompt, text))
+        for n, reward in zip(keep, self.score(*map(list, zip(*pairs))) if pairs else []):
+            rewards[n] = reward
+        return rewards
+
+
+def check_backbone(wanted, found, where):
+    """Refuse a backbone that is not a copy of the one the head was trained on."""
+    for key, what in (("backbone", "shape"), ("template", "chat template")):
+        if wanted[key] != found[key]:
+            raise UserError(f"the head was trained on {wanted['model']} ({what} {wanted[key]}), this is {found['model']} "
+                            f"({found[key]}) · {where} · pass the same backbone")
+    a, b = torch.tensor(wanted["weights"]), torch.tensor(found["weights"])
+    if not torch.allclose(a, b, rtol=0.02, atol=1e-4):
+        raise UserError(f"the weights of {found['model']} are not those of {wanted['model']} · {where} · pass the same backbone")
+
+
+# ---------------------------------------------------------------- the stage
+
+def standardised(t):
+    """features.safetensors → chosen, rejected [n, 2K] with mean 0 and standard deviation 1 on train."""
+    return ((t[side] - t["mean"]) / t["std"] for side in ("chosen", "rejected"))
+
+
+def accuracy(head, chosen, rejected):
+    """Share of pairs with r_chosen > r_rejected, strictly."""
+    return float((apply_head(head, chosen) > apply_head(head, rejected)).float().mean())
+
+
+def parse_args():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--run", default="runs/demo", help="folder of the run (default runs/demo)")
+    p.add_argument("--head", choices=("linear", "mlp"), default="linear", help="(default linear)")
+    p.add_argument("--hidden", type=int, default=512, help="units of the MLP's hidden layer (default 512)")
+    p.add_argument("--loss", choices=("bt", "margin", "bce"), default="bt", help="bt Bradley-Terry, margin, bce (default bt)")
+    p.add_argument("--margin", type=float, default=1.0, help="γ of the margin loss (default 1)")
+    p.add_argument("--k", default="auto", help="auto (the best on dev) or N: the first N of each side (default auto)")
+    p.add_argument("--lr", type=float, default=0.01, help="learning rate of Adam (default 0.01)")
+    p.add_argument("--weight-decay", type=float, default=0.01, help="L2 penalty (default 0.01)")
+    p.add_argument("--epochs", type=int, default=200, help="at most (default 200)")
+    p.add_argument("--patience", type=int, default=20, help="epochs without a lower dev loss before it stops (default 20)")
+    p.add_argument("--seeds", type=int, default=5, help="heads to train; the one with the lowest dev loss is kept (default 5)")
+    p.add_argument("--check", action="store_true", help="check the finished reward model on its own texts; exit code 1 if one check fails")
+    p.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return p.parse_args()
+
+
+def settings_of(args):
+    """What fit_head needs of the arguments (stage 4 gives its controls the same)."""
+    return {"kind": args.head, "loss": args.loss, "margin": args.margin, "hidden": args.hidden, "lr": args.lr,
+            "weight_decay": args.weight_decay, "epochs": args.epochs, "patience": args.patience}
+
+
+def main():
+    args = parse_args()
+    path = Path(args.run) / "features.safetensors"
+    t, meta = stage1.load_stage(path, "02_select_features.py")
+    if meta.get("stage") != "select":
+        raise UserError(f"not a file of stage 2 · {path} · run 02_select_features.py again")
+    chosen, rejected = standardised(t)
+    split, total = t["split"], meta["k"]
+    for number, name in ((TRAIN, "train"), (DEV, "dev")):
+        if not (split == number).any():
+            raise UserError(f"no pair is in the {name} split · {path} · more pairs, or another --split in 01_extract.py")
+    if args.k != "auto" and not (args.k.isdigit() and 1 <= int(args.k) <= total):
+        raise UserError(f"--k must be auto or 1 to {total} · --k {args.k} · {total} latents a side were selected in stage 2")
+    started = time.perf_counter()
+    choices = k_grid(total) if args.k == "auto" else [int(args.k)]
+    k, heads, losses, curve = fit_best(chosen, rejected, split, lambda k: first_of_each_side(k, total), choices,
+                                       list(range(args.seeds)), **settings_of(args))
+    seconds = time.perf_counter() - started
+    columns = first_of_each_side(k, total)
+    best = min(range(len(losses)), key=losses.__getitem__)
+    at = {s: (chosen[split == s][:, columns], rejected[split == s][:, columns]) for s in (TRAIN, DEV)}
+    head = centre(heads[best], *at[TRAIN])
+    temperature = fit_temperature(apply_head(head, at[DEV][0]) - apply_head(head, at[DEV][1]))
+    on_dev = [accuracy(h, *at[DEV]) for h in heads]
+    record = {**meta, "stage": "head", "k": k, "settings": settings_of(args), "seeds": args.seeds, "seed": best, "split_seed": meta["seed"],
+              "dev": {"accuracy": on_dev[best], "loss": losses[best]}, "k_curve": {str(c): v for c, v in curve.items()},
+              "parent": {"features": stage1.file_hash(path), **{n: meta["parent"][n] for n in ("pairs", "sae")}}}
+    stage1.save_stage(Path(args.run) / "reward_head.safetensors",
+                      {**{n: t[n][columns] for n in ("latents", "directions", "mean", "std")}, **head,
+                       "temperature": torch.tensor([temperature])}, record)
+    report(args, meta, head, k, at, on_dev, best, curve, temperature, seconds)
+
+
+def report(args, meta, head, k, at, on_dev, best, curve, temperature, seconds):
+    """The table at the end."""
+    trained = sum(p.numel() for p in head.values())
+    if curve:
+        print("\ndev loss by K   " + "   ".join(f"{c}: {v:.3f}" for c, v in curve.items()))
+    print(f"\nhead         {args.head}, loss {args.loss}, K = {k} a side ({2 * k} directions)"
+          f"\naccuracy     train {accuracy(head, *at[TRAIN]):.3f} · dev {on_dev[best]:.3f} (all {args.seeds} seeds: "
+          f"{min(on_dev):.3f} to {max(on_dev):.3f}; test is read by stage 4 only)"
+          f"\nparameters   {trained:,} trained, {trained / meta['parameters']:.2e} of the backbone's {meta['parameters']:,}"
+          f"\ntemperature  {temperature:.3f}"
+          f"\ntime         {seconds:.1f} s"
+          f"\nwritten      {args.run}/reward_head.safetensors\n\nnext: python 04_evaluate.py --run {args.run}")
+
+
+if __name__ == "__main__":
+    stage1.run_main(main)
