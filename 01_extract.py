@@ -740,7 +740,8 @@ def parse_args():
     args = p.parse_args()
     args.layer = list(dict.fromkeys(args.layer))
     shares = args.split.split(",")
-    if len(shares) != 3 or not all(re.fullmatch(r"0?\.\d+|[01](\.0*)?", x.strip()) for x in shares) or abs(sum(map(float, shares)) - 1) > 1e-6:
+    number = re.compile(r"0?\.\d+|[01](\.0*)?")
+    if len(shares) != 3 or not all(number.fullmatch(x) for x in shares) or abs(sum(map(float, shares)) - 1) > 1e-6:
         raise UserError(f"--split needs three shares that add up to 1 · {args.split} · e.g. 0.7,0.1,0.2")
     return args
 

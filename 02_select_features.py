@@ -148,7 +148,7 @@ def parse_args():
     p.add_argument("--layer", type=int, help="which extracted layer (default: the only one)")
     p.add_argument("--k", type=int, default=128, help="latents a side (default 128, as in the paper)")
     p.add_argument("--k-sae", type=int, help="k of a TopK SAE whose files do not hold it")
-    p.add_argument("--sae-dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="SAE weights in memory (default float32)")
+    p.add_argument("--sae-dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="in memory (default float32)")
     p.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return p.parse_args()
 

