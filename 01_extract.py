@@ -15,6 +15,7 @@ beginning are laid into one tree, so that no token is computed twice, and the fo
 """
 
 import argparse
+import contextlib
 import csv
 import functools
 import gzip
@@ -50,17 +51,24 @@ class UserError(ValueError):
 
 # ---------------------------------------------------------------- files between the stages
 
-def save_stage(path, tensors, meta):
-    """Write tensors and one metadata key `sparserm` (sorted JSON); moved into place, so a kill leaves old or new."""
+@contextlib.contextmanager
+def moved_into_place(path):
+    """Gives a temporary path; what was written there replaces `path` at the end. A kill leaves the old file or the new."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, part,
-                  metadata={"sparserm": json.dumps(meta, sort_keys=True)})
+        yield part
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def save_stage(path, tensors, meta):
+    """Write tensors and one metadata key `sparserm` (sorted JSON)."""
+    with moved_into_place(path) as part:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, part,
+                  metadata={"sparserm": json.dumps(meta, sort_keys=True)})
 
 
 def read_meta(path, made_by="an earlier stage"):
@@ -74,6 +82,15 @@ def read_meta(path, made_by="an earlier stage"):
         raise UserError(f"not a complete stage file · {path} · delete it and run {made_by} again") from None
 
 
+def up_to_date(path, wanted):
+    """Is this stage file complete, and made with these settings from these parents?"""
+    try:
+        found = read_meta(path)
+    except UserError:
+        return False
+    return all(found.get(key) == value for key, value in wanted.items())
+
+
 def load_stage(path, made_by="an earlier stage"):
     """→ (tensors, metadata) of a stage file."""
     meta = read_meta(path, made_by)
@@ -82,15 +99,14 @@ def load_stage(path, made_by="an earlier stage"):
 
 
 def write_text(path, text):
-    """Write a text file through a temporary name."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    """Write a text file."""
+    with moved_into_place(path) as part:
         part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+
+
+def write_rows(path, rows):
+    """Write a JSONL file."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def file_hash(path):
@@ -283,6 +299,16 @@ def chat_string(tokenizer, messages, **kwargs):
         return tokenizer.apply_chat_template([folded, *messages[2:]], **options)
 
 
+def takes_system_turn(tokenizer):
+    """Does the chat template accept a system turn?"""
+    from jinja2.exceptions import TemplateError
+    try:
+        tokenizer.apply_chat_template([{"role": "system", "content": "a"}, {"role": "user", "content": "b"}], tokenize=False)
+    except TemplateError:
+        return False
+    return True
+
+
 @functools.lru_cache(maxsize=8)
 def control_tokens(tokenizer):
     """The tokenizer's control tokens → (pattern that finds them in a text, set of their ids)."""
@@ -399,27 +425,29 @@ def unpack_gguf(path):
     return folder
 
 
+def from_pretrained(kind, name, revision=None, **extra):
+    """transformers' AutoTokenizer, AutoConfig or AutoModelForCausalLM of --model; what fails becomes one line."""
+    import transformers
+    try:
+        return getattr(transformers, kind).from_pretrained(locate_model(name), revision=revision, **extra)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{kind} cannot be opened ({str(error).splitlines()[0]}) · {name} · check the name or the folder") from None
+
+
 def load_tokenizer(name, revision=None):
     """The tokenizer of --model, with a plain chat template where it has none."""
-    from transformers import AutoTokenizer
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(locate_model(name), revision=revision)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no tokenizer ({str(error).splitlines()[0]}) · {name} · check the name or the folder") from None
+    tokenizer = from_pretrained("AutoTokenizer", name, revision)
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer gives no character offsets · {name} · a model with a tokenizer.json is needed")
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = PLAIN_TEMPLATE
+    tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
     return tokenizer
 
 
 def load_config(name, revision=None):
     """The model's configuration, without its weights."""
-    from transformers import AutoConfig
-    try:
-        return AutoConfig.from_pretrained(locate_model(name), revision=revision).get_text_config()
-    except (OSError, ValueError) as error:
-        raise UserError(f"no model ({str(error).splitlines()[0]}) · {name} · check the name or the folder") from None
+    return from_pretrained("AutoConfig", name, revision).get_text_config()
 
 
 def describe(name, config, tokenizer, revision=None, dtype="auto", device="auto"):
@@ -436,16 +464,12 @@ def describe(name, config, tokenizer, revision=None, dtype="auto", device="auto"
 
 def load_backbone(name, revision=None, dtype="auto", device="auto", device_map=None, pack="tree", budget=None):
     """Load model and tokenizer → Backbone. Errors: UserError. Remote code is never run."""
-    from transformers import AutoModelForCausalLM
-    config, tokenizer = load_config(name, revision), load_tokenizer(name, revision)
+    tokenizer = load_tokenizer(name, revision)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    meta = describe(name, config, tokenizer, revision, dtype, device)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            locate_model(name), revision=revision, dtype=getattr(torch, meta["dtype"]),
-            attn_implementation=meta["attention"], **({"device_map": device_map} if device_map else {}))
-    except (OSError, ValueError) as error:
-        raise UserError(f"no model ({str(error).splitlines()[0]}) · {name} · check the name or the folder") from None
+    meta = describe(name, load_config(name, revision), tokenizer, revision, dtype, device)
+    spread = {"device_map": device_map} if device_map else {}
+    model = from_pretrained("AutoModelForCausalLM", name, revision, dtype=getattr(torch, meta["dtype"]),
+                            attn_implementation=meta["attention"], **spread)
     return make_backbone(model if device_map else model.to(device), tokenizer, meta, pack, budget)
 
 
@@ -460,6 +484,8 @@ def make_backbone(model, tokenizer, meta, pack="tree", budget=None):
     meta = {**meta, "weights": [float(f"{w:.3g}") for w in weight],     # tells two models of one shape apart
             "parameters": sum(p.numel() for p in model.parameters())}
     backbone = Backbone(model, tokenizer, lists[0], meta, pack, budget or (512 if model.device.type == "cpu" else 4096))
+    if not takes_system_turn(tokenizer):
+        backbone.notes.append("the chat template refuses a system turn: where there is one, it is put in front of the first user turn")
     if tokenizer.chat_template == PLAIN_TEMPLATE:
         backbone.notes.append("the model has no chat template: a plain one (User: … Assistant: …) is used")
     if pack == "tree" and not packing_holds(backbone):
@@ -662,7 +688,7 @@ def prepare_pairs(args, tokenizer):
             if reason:
                 dropped.append({"where": where, "reason": reason, "row": raw})
                 continue
-            identity = str(where.rpartition(":")[2] if name is None else name) + (f"#{n}" if len(found) > 1 else "")
+            identity = (re.findall(r"\d+", where)[-1] if name is None else str(name)) + (f"#{n}" if len(found) > 1 else "")
             kept.append({"id": identity, "prompt": prompt, "chosen": chosen, "rejected": rejected,
                          "group": hash_number(plain_text(prompt)), "split": split_of(prompt, args.seed, shares),
                          "category": raw.get("category", raw.get("subset")), "source": raw.get("source", Path(args.pairs).name)})
@@ -754,13 +780,13 @@ def main():
             raise UserError(f"layer {layer} does not exist · {args.model} has blocks 0 to {config.num_hidden_layers - 1} · pass --layer")
     run = Path(args.run)
     kept, dropped = prepare_pairs(args, tokenizer)
-    lines = lambda rows: "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
-    write_text(run / "pairs.jsonl", lines(kept))
-    write_text(run / "dropped.jsonl", lines(dropped))
+    write_rows(run / "pairs.jsonl", kept)
+    write_rows(run / "dropped.jsonl", dropped)
     meta = {"stage": "extract", **describe(args.model, config, tokenizer, args.revision, args.dtype, args.device), "token": args.token,
             "max_length": args.max_length, "seed": args.seed, "split": args.split, "parent": {"pairs": file_hash(run / "pairs.jsonl")}}
     count = -(-len(kept) // SHARD_PAIRS)
-    wanted = {(layer, n) for layer in args.layer for n in range(count) if not shard_fits(shard_path(run, layer, n, count), meta, layer)}
+    wanted = {(layer, n) for layer in args.layer for n in range(count)
+              if not up_to_date(shard_path(run, layer, n, count), {**meta, "layer": layer})}
     backbone = None
     if wanted:
         backbone = load_backbone(args.model, args.revision, args.dtype, args.device, args.device_map, args.pack, args.batch_tokens)
@@ -771,16 +797,11 @@ def main():
         for path in (run / "activations").glob(f"layer{layer}-*.safetensors"):
             if not path.name.endswith(f"-of-{count:05d}.safetensors"):
                 path.unlink()
+    pattern, _ = control_tokens(tokenizer)
+    typed = sum(bool(pattern.search(json.dumps([r["prompt"], r["chosen"], r["rejected"]], ensure_ascii=False))) for r in kept)
+    if typed:
+        print(f"note: control tokens are typed into the text of {typed} pairs: split, so that they do not act")
     report(args, kept, dropped, len(wanted), count)
-
-
-def shard_fits(path, meta, layer):
-    """Is this shard complete and made from the same pairs by the same model and settings?"""
-    try:
-        found = read_meta(path)
-    except UserError:
-        return False
-    return all(found.get(k) == v for k, v in {**meta, "layer": layer}.items())
 
 
 def compute_shards(backbone, kept, count, wanted, meta, args):

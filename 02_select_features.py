@@ -160,6 +160,16 @@ def main():
     paths, meta = shard_files(args.run, args.layer)
     sae = load_sae(args.sae, getattr(torch, args.sae_dtype), k=args.k_sae)
     warnings = check_belongs(sae, meta, next(read_chunks(paths, 1))["chosen"].shape[1], args.sae)
+    parent = {"activations": [stage1.file_hash(p) for p in paths], "sae": sae_hash(args.sae, sae), "pairs": meta["parent"]["pairs"]}
+    record = {**meta, "stage": "select", "k_asked": args.k, "sae": args.sae, "sae_dtype": args.sae_dtype, "parent": parent}
+    out = Path(args.run) / "features.safetensors"
+    if not stage1.up_to_date(out, record):
+        select(args, paths, sae, record, warnings, out)
+    report(args, *stage1.load_stage(out))
+
+
+def select(args, paths, sae, record, warnings, out):
+    """Two passes over the shards, frequencies and then projections; write features.safetensors."""
     frequency_chosen, frequency_rejected, n = firing_frequencies(sae, tqdm(read_chunks(paths), desc="select", unit="chunk", disable=None))
     if not n:
         raise stage1.UserError(f"no pair is in the train split · {args.run} · more pairs, or another --split in 01")
@@ -172,27 +182,22 @@ def main():
     train = table["split"] == TRAIN
     mean, std = standardisation(torch.cat([table["chosen"][train], table["rejected"][train]]))
     figures = health(sae, train_sample(paths))
-    warnings += warnings_of(sae, None, figures)
-    parent = {"activations": [stage1.file_hash(p) for p in paths], "sae": sae_hash(args.sae, sae), "pairs": meta["parent"]["pairs"]}
-    stage1.save_stage(Path(args.run) / "features.safetensors",
-                      {"latents": latents, "directions": directions, "frequency_chosen": frequency_chosen,
-                       "frequency_rejected": frequency_rejected, "mean": mean, "std": std, **table},
-                      {**meta, "stage": "select", "k": len(latents) // 2, "k_asked": args.k, "sae": args.sae, "parent": parent,
-                       "sae_info": {k: v for k, v in sae.info.items() if k != "settings"}, "health": figures, "warnings": warnings})
-    report(args, latents, frequency_chosen, frequency_rejected, n, figures, warnings)
+    stage1.save_stage(out, {"latents": latents, "directions": directions, "frequency_chosen": frequency_chosen,
+                            "frequency_rejected": frequency_rejected, "mean": mean, "std": std, **table},
+                      {**record, "k": len(latents) // 2, "health": figures, "warnings": warnings + warnings_of(sae, None, figures)})
 
 
-def report(args, latents, frequency_chosen, frequency_rejected, n, figures, warnings):
+def report(args, t, meta):
     """The table at the end."""
-    k = len(latents) // 2
-    print(f"\ntrain pairs      {n}"
+    k, figures = meta["k"], meta["health"]
+    print(f"\ntrain pairs      {int((t['split'] == TRAIN).sum())}"
           f"\nlatents kept     {k} + {k}" + (f" (only so many separate; {args.k} asked)" if k < args.k else "") +
           f"\nSAE at the scored token: explained variance {figures['explained_variance']:.3f} · L0 {figures['l0']:.1f} · "
           f"latents that never fire here {figures['silent']:.1%}"
           "\n\n  latent   fires in chosen   in rejected")
-    for j in [*latents[:3].tolist(), *latents[k:k + 3].tolist()]:
-        print(f"{j:>8}   {frequency_chosen[j]:>15.3f}   {frequency_rejected[j]:>11.3f}")
-    print(*(f"warning: {w}" for w in warnings), f"\nwritten {args.run}/features.safetensors"
+    for j in [*t["latents"][:3].tolist(), *t["latents"][k:k + 3].tolist()]:
+        print(f"{j:>8}   {t['frequency_chosen'][j]:>15.3f}   {t['frequency_rejected'][j]:>11.3f}")
+    print(*(f"warning: {w}" for w in meta["warnings"]), f"\nwritten {args.run}/features.safetensors"
           f"\nnext: python 03_train_head.py --run {args.run}", sep="\n")
 
 

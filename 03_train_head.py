@@ -76,7 +76,7 @@ def fit_head(chosen, rejected, split, kind="linear", loss="bt", margin=1.0, hidd
     adam = torch.optim.Adam(parameters, lr=lr, fused=True)
     train, dev = [(chosen[split == s], rejected[split == s]) for s in (TRAIN, DEV)]
     best, kept, since = float("inf"), None, 0
-    for _ in range(epochs):
+    for _ in range(epochs + 1):             # the last round only looks at dev
         with torch.no_grad():
             on_dev = float(losses[loss](apply_head(head, dev[0]), apply_head(head, dev[1])))
         if on_dev < best - 1e-6:
@@ -273,42 +273,50 @@ def main():
     t, meta = stage1.load_stage(path, "02_select_features.py")
     if meta.get("stage") != "select":
         raise UserError(f"not a file of stage 2 · {path} · run 02_select_features.py again")
-    chosen, rejected = standardised(t)
     split, total = t["split"], meta["k"]
     for number, name in ((TRAIN, "train"), (DEV, "dev")):
         if not (split == number).any():
             raise UserError(f"no pair is in the {name} split · {path} · more pairs, or another --split in 01_extract.py")
     if args.k != "auto" and not (args.k.isdigit() and 1 <= int(args.k) <= total):
         raise UserError(f"--k must be auto or 1 to {total} · --k {args.k} · {total} latents a side were selected in stage 2")
+    record = {**meta, "stage": "head", "asked": {"k": args.k, "seeds": args.seeds}, "settings": settings_of(args),
+              "parent": {"features": stage1.file_hash(path), **{n: meta["parent"][n] for n in ("pairs", "sae")}}}
+    out = Path(args.run) / "reward_head.safetensors"
+    seconds = 0.0
+    if not stage1.up_to_date(out, {n: v for n, v in record.items() if n != "k"}):
+        seconds = train(args, t, record, out)
+    report(args, seconds, *stage1.load_stage(out))
+
+
+def train(args, t, record, out):
+    """Search K on dev, train all seeds, keep the one with the lowest dev loss → seconds taken."""
     started = time.perf_counter()
-    options = k_options(total, args.k)
+    chosen, rejected = standardised(t)
+    split, options = t["split"], k_options(record["k"], args.k)
     k, heads, losses, curve = fit_best(chosen, rejected, split, options, range(args.seeds), **settings_of(args))
-    seconds, columns = time.perf_counter() - started, options[k]["columns"]
-    best = min(range(len(losses)), key=losses.__getitem__)
+    best, columns = min(range(len(losses)), key=losses.__getitem__), options[k]["columns"]
     at = {s: (chosen[split == s][:, columns], rejected[split == s][:, columns]) for s in (TRAIN, DEV)}
     head = centre(heads[best], *at[TRAIN])
     temperature = fit_temperature(apply_head(head, at[DEV][0]) - apply_head(head, at[DEV][1]))
     on_dev = [accuracy(h, *at[DEV]) for h in heads]
-    record = {**meta, "stage": "head", "k": k, "settings": settings_of(args), "seeds": args.seeds, "seed": best, "split_seed": meta["seed"],
-              "dev": {"accuracy": on_dev[best], "loss": losses[best]}, "k_curve": {str(c): v for c, v in curve.items()},
-              "parent": {"features": stage1.file_hash(path), **{n: meta["parent"][n] for n in ("pairs", "sae")}}}
-    stage1.save_stage(Path(args.run) / "reward_head.safetensors",
-                      {**{n: t[n][columns] for n in ("latents", "directions", "mean", "std")}, **head,
-                       "temperature": torch.tensor([temperature])}, record)
-    report(args, meta, head, k, at, on_dev, best, curve, temperature, seconds)
+    found = {"train": accuracy(head, *at[TRAIN]), "dev": on_dev[best], "dev_of_seeds": on_dev, "dev_loss": losses[best]}
+    stage1.save_stage(out, {**{n: t[n][columns] for n in ("latents", "directions", "mean", "std")}, **head,
+                            "temperature": torch.tensor([temperature])},
+                      {**record, "k": k, "seed_kept": best, "accuracy": found, "k_curve": {str(c): v for c, v in curve.items()}})
+    return time.perf_counter() - started
 
 
-def report(args, meta, head, k, at, on_dev, best, curve, temperature, seconds):
+def report(args, seconds, t, meta):
     """The table at the end."""
-    trained = sum(p.numel() for p in head.values())
-    if curve:
-        print("\ndev loss by K   " + "   ".join(f"{c}: {v:.3f}" for c, v in curve.items()))
-    print(f"\nhead         {args.head}, loss {args.loss}, K = {k} a side ({2 * k} directions)"
-          f"\naccuracy     train {accuracy(head, *at[TRAIN]):.3f} · dev {on_dev[best]:.3f} (all {args.seeds} seeds: "
-          f"{min(on_dev):.3f} to {max(on_dev):.3f}; test is read by stage 4 only)"
+    trained, found = sum(t[n].numel() for n in ("w1", "b1", "w2", "b2") if n in t), meta["accuracy"]
+    if meta["k_curve"]:
+        print("\ndev loss by K   " + "   ".join(f"{c}: {meta['k_curve'][c]:.3f}" for c in sorted(meta["k_curve"], key=int)))
+    print(f"\nhead         {args.head}, loss {args.loss}, K = {meta['k']} a side ({2 * meta['k']} directions)"
+          f"\naccuracy     train {found['train']:.3f} · dev {found['dev']:.3f} (all {args.seeds} seeds: "
+          f"{min(found['dev_of_seeds']):.3f} to {max(found['dev_of_seeds']):.3f}; test is read by stage 4 only)"
           f"\nparameters   {trained:,} trained, {trained / meta['parameters']:.2e} of the backbone's {meta['parameters']:,}"
-          f"\ntemperature  {temperature:.3f}"
-          f"\ntime         {seconds:.1f} s"
+          f"\ntemperature  {float(t['temperature']):.3f}"
+          f"\ntime         {f'{seconds:.1f} s' if seconds else 'found complete, not trained again'}"
           f"\nwritten      {args.run}/reward_head.safetensors\n\nnext: python 04_evaluate.py --run {args.run}")
 
 

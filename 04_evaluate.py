@@ -23,9 +23,11 @@ the *difference* clear of 0. The paper reports no intervals.
 import argparse
 import importlib
 import json
+import math
 import re
 import time
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +40,7 @@ from sae import SAEError, load_sae
 stage1, stage2, stage3 = (importlib.import_module(n) for n in ("01_extract", "02_select_features", "03_train_head"))
 TRAIN, DEV, TEST = range(3)
 DECAYS = (0.001, 0.01, 0.1, 1.0)        # dense and words have no K: dev chooses their L2 penalty instead
-WORD_COLUMNS = 2**13
+WORD_COLUMNS = 2**13     # at most
 DRAWS = 2000
 
 
@@ -166,18 +168,20 @@ def score_pairs(data, directions):
 
 
 def word_features(texts, split):
-    """Hashed 1- and 2-grams of the responses, weighted by rarity on train, rows of equal norm → [n, WORD_COLUMNS] a side."""
+    """1- and 2-grams of the responses, hashed; those in at least two train responses become columns (the WORD_COLUMNS most
+    frequent), weighted by rarity, rows of norm 1 → [n, columns] a side."""
+    grams = [[{zlib.crc32(g.encode()) % 2**20 for g in (*words, *map(" ".join, zip(words, words[1:])))}
+              for words in (re.findall(r"\w+", text.casefold()) for text in side)] for side in texts]
+    count = Counter(g for side in grams for n in (split == TRAIN).nonzero().flatten().tolist() for g in side[n])
+    column = {g: i for i, (g, c) in enumerate(count.most_common(WORD_COLUMNS)) if c > 1}
+    rarity = torch.tensor([math.log(2 * len(split) / count[g]) for g in column])
     sides = []
-    for side in texts:
-        matrix = torch.zeros(len(side), WORD_COLUMNS)
-        for n, text in enumerate(side):
-            words = re.findall(r"\w+", text.casefold())
-            for gram in {*words, *map(" ".join, zip(words, words[1:]))}:
-                matrix[n, zlib.crc32(gram.encode()) % WORD_COLUMNS] = 1.0
-        sides.append(matrix)
-    train = torch.cat([s[split == TRAIN] for s in sides])
-    rarity = torch.log(len(train) / train.sum(0).clamp_min(1)) * (train.sum(0) > 0)
-    return [10 * F.normalize(s * rarity, dim=1) for s in sides]
+    for side in grams:
+        matrix = torch.zeros(len(side), len(column))
+        for n, found in enumerate(side):
+            matrix[n, [column[g] for g in found if g in column]] = 1.0
+        sides.append(F.normalize(matrix * rarity, dim=1))
+    return sides
 
 
 def shuffled_sides(z, split, seed):
@@ -351,12 +355,22 @@ def parse_args():
 
 def main():
     args = parse_args()
-    data = Data(args.run, args.sae)
-    result, times = evaluate(data, args)
-    rounded = json.loads(json.dumps(result), parse_float=lambda x: round(float(x), 9))
-    stage1.write_text(Path(args.run) / "evaluation.json", json.dumps(rounded, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
-    stage1.write_text(Path(args.run) / "timings.json", json.dumps(times, indent=1) + "\n")
-    report(args, result)
+    out, parent = Path(args.run) / "evaluation.json", parents(args)
+    found = json.loads(out.read_text("utf-8")) if out.exists() else {}
+    if found.get("parent") != parent:
+        result, times = evaluate(Data(args.run, args.sae), args)
+        found = json.loads(json.dumps({**result, "parent": parent}), parse_float=lambda x: round(float(x), 9))
+        stage1.write_text(out, json.dumps(found, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+        stage1.write_text(Path(args.run) / "timings.json", json.dumps(times, indent=1) + "\n")
+    report(args, found)
+
+
+def parents(args):
+    """What an evaluation depends on: the head (its lineage leads to all the rest), other runs, the settings."""
+    head = Path(args.run) / "reward_head.safetensors"
+    stage1.read_meta(head, "03_train_head.py")
+    others = {name: [stage1.file_hash(p) for p in stage2.shard_files(run)[0]] for name, run in args.other}
+    return {"head": stage1.file_hash(head), "other": others, "sweeps": args.sweeps, "seeds": args.seeds}
 
 
 def report(args, result):
@@ -365,17 +379,18 @@ def report(args, result):
     print(f"\naccuracy on {a['sparserm']['n']} test pairs of {a['sparserm']['groups']} prompts            SparseRM minus it"
           f"\n  {'sparserm':<18} {a['sparserm']['accuracy']:.3f}  [{a['sparserm']['low']:.3f}, {a['sparserm']['high']:.3f}]   "
           f"K = {a['sparserm']['choice']} a side")
-    for name, gap in d.items():
-        row = a[name]
+    for name in sorted(d, key=lambda n: -a[n]["accuracy"]):
+        row, gap = a[name], d[name]
         print(f"  {name:<18} {row['accuracy']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]   "
               f"{gap['mean']:+.3f}  [{gap['low']:+.3f}, {gap['high']:+.3f}]"
               + (f"   ties {row['ties']:.1%}" if row["ties"] > 0.005 else ""))
     if "k" in result["curves"]:
         curve = result["curves"]["k"]
-        print("\n  K a side           " + "".join(f"{k:>7}" for k in curve["sparserm"]))
-        for name, row in curve.items():
-            print(f"  {name:<18} " + "".join(f"{v['accuracy']:>7.3f}" for v in row.values()))
-        clear = [k for k, v in curve["random_directions"].items() if v["behind"]["low"] > 0]
+        ks = sorted(curve["sparserm"], key=int)
+        print("\n  K a side           " + "".join(f"{k:>7}" for k in ks))
+        for name in ("sparserm", "random_directions", "random_latents", "activations"):
+            print(f"  {name:<18} " + "".join(f"{curve[name][k]['accuracy']:>7.3f}" for k in ks))
+        clear = [k for k in ks if curve["random_directions"][k]["behind"]["low"] > 0]
         print(f"  clearly above random directions at K = {', '.join(clear)}" if clear else
               "  at no K clearly above random directions: on this data the SAE's choice adds nothing measurable")
     for name, row in result["other"].items():

@@ -168,10 +168,6 @@ def read_candidates(path):
     return rows
 
 
-def write_rows(path, rows):
-    stage1.write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-
-
 def chat(role, text):
     return [{"role": role, "content": text}]
 
@@ -209,7 +205,7 @@ def sample(args):
                                "policy": policy_name, "reward": stage1.file_hash(args.reward), "settings": settings}
                 part.write(json.dumps(rows[n], ensure_ascii=False) + "\n")
                 part.flush()
-    write_rows(out, rows)
+    stage1.write_rows(out, rows)
     out.with_suffix(".jsonl.part").unlink(missing_ok=True)
     finish(out, rows)
 
@@ -225,7 +221,7 @@ def rank(args):
         row["ranking"] = sorted(range(len(row["scores"])), key=lambda i: -row["scores"][i])
         row["best"] = row["candidates"][row["ranking"][0]]
     out = Path(args.out or Path(args.candidates).with_suffix(".ranked.jsonl").name)
-    write_rows(out, rows)
+    stage1.write_rows(out, rows)
     finish(out, rows)
 
 
@@ -267,8 +263,8 @@ def pairs(args):
                     "chosen": chat("assistant", row["chosen"]), "rejected": chat("assistant", row["rejected"])}
         (dropped if "reason" in row else kept).append(row)
     out = Path(args.out or Path(args.filter or args.candidates).with_suffix(".pairs.jsonl").name)
-    write_rows(out, kept)
-    write_rows(out.with_suffix(".dropped.jsonl"), dropped)
+    stage1.write_rows(out, kept)
+    stage1.write_rows(out.with_suffix(".dropped.jsonl"), dropped)
     print(f"\n{len(kept)} pairs kept, {len(dropped)} dropped\nwritten {out}, {out.with_suffix('.dropped.jsonl')}"
           f"\n\nnext: datasets.load_dataset('json', data_files='{out}') → trl.DPOTrainer")
 

@@ -18,6 +18,7 @@ import math
 import os
 import re
 import sys
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,7 +48,7 @@ class SAE:
     b_mag: torch.Tensor = None
     r_mag: torch.Tensor = None
     norm: str = "none"              # per-token scaling that cannot be folded: constant_norm_rescale, layer_norm
-    info: dict = field(default_factory=dict)    # layout, model, layer, hook, stated l0, folded, warnings, sha256 …
+    info: dict = field(default_factory=dict)    # layout, model, layer, hook, stated l0, folded, warning …
 
     @property
     def d_model(self):
@@ -136,6 +137,10 @@ def load_sae(path, dtype=torch.float32, device="cpu", k=None, revision=None):
         sae = BUILD[layout](tensors, own if layout == "sparserm" else config, weights, k)
     except KeyError as error:
         raise SAEError(f"tensor or setting {error} is missing · {weights} ({layout}) · the checkpoint is not complete") from None
+    except SAEError:
+        raise
+    except (TypeError, ValueError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
+        raise SAEError(f"the configuration or a tensor is malformed ({error}) · {weights} ({layout}) · fetch the file again") from None
     check_shapes(sae, weights)
     sae.info.setdefault("layout", layout)
     sae.info.update(path=str(path), file=weights.name)
@@ -196,7 +201,7 @@ def read_tensors(path):
                 own = json.loads((file.metadata() or {}).get("sparserm", "{}"))
                 return {n: file.get_tensor(n) for n in file.keys()}, own
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (SafetensorError, OSError, ValueError, RuntimeError, EOFError, KeyError, ImportError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError, EOFError, KeyError, ImportError, zipfile.BadZipFile) as error:
         raise SAEError(f"not a readable checkpoint ({str(error).splitlines()[0] if str(error) else type(error).__name__}) · "
                        f"{path} · fetch the file again") from None
     except Exception as error:      # pickle.UnpicklingError: something else than tensors inside
@@ -232,12 +237,14 @@ def layout_of(tensors, config, path):
                        f"not an SAE of one activation · {path} · choose a residual-stream SAE")
     hooks = [str(c.get(n)) for c in (config, nested) for n in ("hook_name", "hook_point", "hook_point_in", "hf_hook_point_in",
              "hook_point_out", "hf_hook_point_out") if c.get(n)] + re.findall(r"layers\.\d+\.[a-z_.]+", path.parent.name)
+    hooks += [str(config["trainer"].get("submodule_name"))] if isinstance(config.get("trainer"), dict) else []
+    differ = [config[a] for a, b in (("hook_point_in", "hook_point_out"), ("hf_hook_point_in", "hf_hook_point_out"))
+              if config.get(a) and config.get(b) and config[a] != config[b]]
     wrong = [h for h in hooks if re.search(r"mlp|attn|attention|hook_z|\.q\b|\.k\b|\.v\b|hook_resid_(pre|mid)", h)]
-    if wrong or len({h for h in hooks if "hook_point" in h}) > 1:
+    wrong += differ
+    if wrong:
         raise SAEError(f"refused: trained on {wrong[0]}, not on a block's output · {path} · choose a residual-stream (resid_post) SAE")
     is_pt = path.suffix == ".pt"
-    if is_pt and "dict_class" in str(config.get("trainer", "")) and "JumpRelu" in config["trainer"].get("dict_class", ""):
-        return "dictionary_learning JumpReLU"
     if is_pt and {"W_enc", "W_dec", "threshold"} <= set(tensors) and "k" not in tensors:
         return "dictionary_learning JumpReLU"
     for name, keys in LAYOUTS:
@@ -262,8 +269,9 @@ def fold_scale(sae, scale_in, scale_out, why):
     return sae
 
 
-def gate_by_norm(sae):
+def gate_by_norm(sae, path):
     """The gate compares pre · ‖decoder row‖ with the threshold: θ_j = θ / ‖d_j‖, or a rescaled TopK."""
+    check_shapes(sae, path)
     norm = sae.W_dec.float().norm(dim=1)
     if sae.activation == "jumprelu":
         sae.threshold = sae.threshold.float() / norm
@@ -301,7 +309,9 @@ def from_saelens(t, config, path, k):
     kwargs = config.get("activation_fn_kwargs") or {}
     kind = config.get("architecture", "standard")
     if kind == "standard" and (config.get("activation_fn_str") or config.get("activation_fn")) == "topk":
-        kind, config = "topk", {"k": kwargs.get("k"), **config}
+        kind, config = "topk", {**kwargs, **config}
+    if kind == "standard" and config.get("activation_fn_str", "relu") != "relu":
+        raise SAEError(f"refused: activation_fn_str {config['activation_fn_str']} · {path} · relu and topk are read")
     names = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu", "gated": "gated"}
     if kind not in names:
         raise SAEError(f"refused: architecture {kind} · {path} · standard, topk, jumprelu and gated are read")
@@ -320,7 +330,7 @@ def from_saelens(t, config, path, k):
                     "layer": hook_layer(meta.get("hook_name") or meta.get("hook_point"))})
     if kind == "topk":
         sae.k = int(config["k"])
-        sae = gate_by_norm(sae) if config.get("rescale_acts_by_decoder_norm") else sae
+        sae = gate_by_norm(sae, path) if config.get("rescale_acts_by_decoder_norm") else sae
     if kind == "jumprelu":
         sae.threshold = t["threshold"]
     if kind == "gated":
@@ -364,9 +374,12 @@ def from_openmoss(t, config, path, k):
         stored = t.get("log_jumprelu_threshold")
         sae.threshold = full(stored.float().exp() if stored is not None else config["jump_relu_threshold"], b_enc)
     if config.get("sparsity_include_decoder_norm"):
-        sae = gate_by_norm(sae)                     # before the scale: the norms as stored
+        sae = gate_by_norm(sae, path)               # before the scale: the norms as stored
     if norm == "dataset-wise":
         mean = config["dataset_average_activation_norm"]
+        if not mean:
+            raise SAEError(f"refused: norm_activation dataset-wise without dataset_average_activation_norm · {path} · "
+                           "the scale is not in the file")
         root = math.sqrt(W_enc.shape[0])
         why = " and ".join(filter(None, [sae.info.get("folded"), f"input scale √d / {mean['in']:.6g}"]))
         sae = fold_scale(sae, root / mean["in"], root / mean["out"], why)
@@ -394,6 +407,8 @@ def from_dictionary_learning(t, config, path, k):
     sae = SAE(*W, t["b_dec"], t["b_dec"], "topk", k=int(t["k"]), info=info)
     threshold = float(t.get("threshold", -1.0))
     if "BatchTopK" in kind or "group_sizes" in t or (not kind and threshold >= 0):
+        if not kind:
+            info["warning"] = "no config: read as a BatchTopK SAE, because a threshold is set"
         if threshold < 0:
             info["warning"] = "the threshold of this BatchTopK SAE was never set: top-k per token is used"
         else:
@@ -438,7 +453,7 @@ def check_shapes(sae, path):
 
 # ---------------------------------------------------------------- health, on a model's own activations
 
-def health(sae, z, scored=None):
+def health(sae, z):
     """How well the SAE fits residual vectors z [n, d] → dict.
 
     explained variance = 1 - Σ‖z - z'‖² / Σ‖z - mean‖² around the mean of *these* vectors: give the vectors of the
@@ -551,7 +566,6 @@ def train(backbone, texts, layer, args, progress=print):
     sae.info.update(model=backbone.meta["model"], template=backbone.meta["template"], texts=Path(args.texts).name,
                     held_out={"all": every, "scored": ends}, tokens=steps * args.batch,
                     settings={n: getattr(args, n) for n in ("k", "end_share", "cuts", "lr", "batch", "buffer", "seed", "max_length")})
-    checkpoint_path(args).unlink(missing_ok=True)
     return sae
 
 
@@ -571,7 +585,7 @@ def stream_batches(backbone, texts, layer, args, generator):
             pool = torch.cat(pool)[torch.randperm(ahead, generator=generator)]
             while len(pool) > max(args.buffer // 2, take):
                 batch, pool = pool[:take], pool[take:]
-                drawn = torch.randint(len(ends), (args.batch - take if len(ends) else 0,), generator=generator)
+                drawn = torch.randint(max(1, len(ends)), (args.batch - take if len(ends) else 0,), generator=generator)
                 yield batch, ends[drawn]
             pool, ahead = [pool], len(pool)
         if ahead < args.buffer:                     # few texts: a smaller buffer will do
@@ -670,7 +684,8 @@ def resume(state, args):
             i, _, key = name.removeprefix("adam").partition(".")
             moments.setdefault(int(i), {})[key] = t[name]
     state["adam"].load_state_dict({**state["adam"].state_dict(), "state": moments})
-    state.update(scale=t["scale"], variance=t["variance"].tolist(), step=int(t["step_done"]), idle=t["idle"])
+    step = min(int(t["step_done"]), max(1, args.tokens // args.batch) - 1)       # killed after the last: do that one again
+    state.update(scale=t["scale"], variance=t["variance"].tolist(), step=step, idle=t["idle"])
     return True
 
 
@@ -752,6 +767,7 @@ def main():
             raise SAEError(f"layer {args.layer} does not exist · {args.model} has blocks 0 to {len(backbone.blocks) - 1} · pass --layer")
         sae = train(backbone, read_texts(args.texts)[:args.limit], args.layer, args, lambda line: print(line, flush=True))
         save_sae(sae, args.out, torch.float16)
+        checkpoint_path(args).unlink(missing_ok=True)
         print(f"\nwritten {args.out}\n{describe(sae)}\n\nnext: python 02_select_features.py --sae {args.out}")
         return
     sae = load_sae(args.path, getattr(torch, args.sae_dtype), k=args.k_sae, revision=args.revision)
@@ -772,7 +788,7 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
+    if Path(__file__).with_name("01_extract.py").exists():
         importlib.import_module("01_extract").run_main(main, SAEError)
-    except ModuleNotFoundError:                 # this file was copied alone
+    else:                                       # this file was copied alone
         main()

@@ -6,14 +6,15 @@ import sys
 import tempfile
 from pathlib import Path
 
+import hypothesis
+import pytest
+
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")      # sums in one order, and no fight for the cores
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(Path(tempfile.gettempdir()) / "sparserm-hypothesis"))
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
-import hypothesis
-import pytest
-import tiny
+import tiny  # noqa: E402  (torch reads OMP_NUM_THREADS when it is imported)
 
 hypothesis.settings.register_profile("same every time", derandomize=True, deadline=None, max_examples=60)
 hypothesis.settings.load_profile("same every time")

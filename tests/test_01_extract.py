@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from datetime import date
 
 import pytest
 import tiny
@@ -16,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from tiny import argv, assert_one_line_error, command, make_pairs, make_tokenizer, save_rows, succeed
+from transformers import AutoTokenizer
 
 stage1 = importlib.import_module("01_extract")
 FAMILIES = list(tiny.FAMILIES)
@@ -166,7 +166,8 @@ def test_a_refused_system_turn_is_folded_into_the_first_user_turn_and_said_so(tm
     assert stage1.render(tokenizer, turns, "Yes.") == stage1.render(tokenizer, "Be brief.\n\nIs water wet?", "Yes.")
     rows = save_rows(tmp_path / "p.jsonl", [{"prompt": turns, "chosen": "Yes.", "rejected": "No."}])
     model = tiny.save_model(tmp_path / "model", template=tiny.NO_SYSTEM)
-    assert "system" in succeed("01_extract", "--model", model, "--pairs", rows, "--layer", 0, "--run", tmp_path / "run")
+    out = succeed("01_extract", "--model", model, "--pairs", rows, "--layer", 0, "--run", tmp_path / "run")
+    assert "system" in out.replace(str(tmp_path), "")
 
 
 @given(st.integers(0, 90), st.lists(st.sampled_from(["one", "wet,", "gallbladder", "Ω", "two\n"]), min_size=1, max_size=30))
@@ -201,8 +202,20 @@ def test_a_response_longer_than_max_length_is_refused_and_dropped_with_the_reaso
 
 def test_a_template_that_prints_the_date_gives_the_same_ids_every_day():
     tokenizer = make_tokenizer("{{ strftime_now('%d %b %Y') }} {{ date_string }}" + tiny.CHATML)
-    said = tokenizer.decode(stage1.render(tokenizer, "a", "b").ids)
-    assert said.startswith("26 Jul 2024 26 Jul 2024") and str(date.today().year) not in said.replace("2024", "", 2)
+    assert tokenizer.decode(stage1.render(tokenizer, "a", "b").ids).startswith("26 Jul 2024 26 Jul 2024<|im_start|>")
+
+
+def test_of_several_chat_templates_the_default_one_is_used(tmp_path, folder_of):
+    shutil.copytree(folder_of("gpt2"), tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.chat_template = {"tool_use": "no", "default": tiny.CHATML}
+    tokenizer.save_pretrained(tmp_path / "model")
+    args = ["--pairs", tiny.save_pairs(tmp_path / "p.jsonl", 6), "--layer", 0, "--run"]
+    folders = tmp_path / "one", tmp_path / "several"
+    for model, run in zip((folder_of("gpt2"), tmp_path / "model"), folders):
+        succeed("01_extract", "--model", model, *args, run)
+    one, several = (stage1.load_stage(f / "activations/layer0-00000-of-00001.safetensors") for f in folders)
+    assert torch.equal(one[0]["chosen"], several[0]["chosen"]) and one[1]["template"] == several[1]["template"]
 
 
 # ---------------------------------------------------------------- reading pairs
@@ -221,7 +234,8 @@ LAYOUTS = {
     "PKU safer": (PKU, [("q", "a", "b")]),
     "PKU better": (PKU, [("q", "b", "a")]),
     "RewardBench": ({"prompt": "q", "chosen": "a", "rejected": "b", "subset": "s", "id": 7}, [("q", "a", "b")]),
-    "RM-Bench": ({"prompt": "q", "chosen": ["a", "c", "e"], "rejected": ["b", "d", "f"]}, [("q", "a", "b"), ("q", "c", "d"), ("q", "e", "f")]),
+    "RM-Bench": ({"prompt": "q", "chosen": ["a", "c", "e"], "rejected": ["b", "d", "f"]},
+                 [("q", "a", "b"), ("q", "c", "d"), ("q", "e", "f")]),
     "RewardBench 2": ({"prompt": "q", "chosen": ["a"], "rejected": ["b", "c", "d"]}, [("q", "a", "b"), ("q", "a", "c"), ("q", "a", "d")]),
     "TruthfulQA mc1": ({"question": "q", "mc1_targets": {"choices": ["a", "b", "c"], "labels": [1, 0, 0]}}, [("q", "a", "b")]),
     "TruthfulQA mc2": ({"question": "q", "mc2_targets": {"choices": ["a", "b", "c", "d", "e"], "labels": [1, 1, 1, 0, 0]}},
@@ -250,6 +264,23 @@ def test_every_file_form_gives_the_same_rows(name, tmp_path):
     data = text.encode()
     (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
     assert [row for _, row in stage1.read_rows(tmp_path / name)] == rows
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.json"])
+def test_the_same_file_in_another_folder_gives_the_same_pairs(name, tmp_path, folder_of):
+    rows, made = [{k: v for k, v in row.items() if k != "id"} for row in make_pairs(6)], []
+    for folder in (tmp_path / "here", tmp_path / "there"):
+        folder.mkdir()
+        (folder / name).write_text(json.dumps(rows) if name == "p.json" else "\n".join(map(json.dumps, rows)))
+        succeed("01_extract", "--model", folder_of("gpt2"), "--pairs", folder / name, "--layer", 0, "--run", folder)
+        made.append((folder / "pairs.jsonl").read_bytes())
+    assert made[0] == made[1] and len({json.loads(line)["id"] for line in made[0].splitlines()}) == 6
+
+
+def test_limit_keeps_that_many_pairs_also_where_a_row_holds_several(tmp_path, folder_of):
+    rows = [{"prompt": f"q{i}", "chosen": ["a", "b", "c"], "rejected": ["d", "e", "f"]} for i in range(4)]
+    args = ["--model", folder_of("gpt2"), "--pairs", save_rows(tmp_path / "p.jsonl", rows), "--layer", 0, "--run", tmp_path / "run"]
+    assert "4 kept" in succeed("01_extract", *args, "--limit", 4)
 
 
 @pytest.mark.parametrize("form", ["json", "parquet"])
@@ -348,12 +379,16 @@ def test_a_killed_extraction_resumes_with_the_same_bytes_and_computes_only_what_
     run, args = sharded
     shutil.copytree(run, tmp_path / "run")
     folder, computed, extract = tmp_path / "run/activations", [], stage1.extract_shard
+
+    def counted(backbone, tokenizer, rows, start, *rest):
+        computed.append(start)
+        return extract(backbone, tokenizer, rows, start, *rest)
     (folder / "layer0-00001-of-00003.safetensors").unlink()
     cut = folder / "layer2-00002-of-00003.safetensors"
     cut.write_bytes(cut.read_bytes()[:900])
     (folder / ".layer2-00002-of-00003.safetensors.77.part").write_bytes(b"what a kill leaves behind")
     monkeypatch.setattr(stage1, "SHARD_PAIRS", 8)
-    monkeypatch.setattr(stage1, "extract_shard", lambda b, t, rows, start, *rest: computed.append(start) or extract(b, t, rows, start, *rest))
+    monkeypatch.setattr(stage1, "extract_shard", counted)
     with argv(*args, tmp_path / "run"):
         stage1.main()
         assert computed == [8, 16]
@@ -422,7 +457,7 @@ def test_a_half_copied_model_is_one_line_that_names_it(tmp_path, folder_of):
     weights = tmp_path / "half/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     args = ["--model", tmp_path / "half", "--pairs", tiny.save_pairs(tmp_path / "p.jsonl", 6), "--layer", 0, "--run", tmp_path / "run"]
-    assert_one_line_error(command("01_extract", *args), "half")
+    assert_one_line_error(command("01_extract", *args), tmp_path / "half")
 
 
 @pytest.mark.parametrize("row", [LONE % "\\ud800", '{"prompt": "", "chosen": "\\ud800", "rejected": "c"}\n', "5\n",

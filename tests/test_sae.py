@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -73,59 +73,51 @@ def write(root, layout, config=None, extra=None, dtype=torch.float32, file=None)
     return folder
 
 
-# ---------------------------------------------------------------- the oracle: one function an activation → (codes, what is decoded)
+# ---------------------------------------------------------------- the oracle: (input, decoder norms) → (codes, what is decoded)
 
-def linear(x, w):
-    return x @ w["W_enc"] + w["b_enc"]
+W64 = {n: t.numpy().astype(np.float64) for n, t in random_weights().items()}
 
 
-def relu(x, w, n):
-    f = np.maximum(linear(x, w), 0)
+def relu(x, n):
+    f = np.maximum(x @ W64["W_enc"] + W64["b_enc"], 0)
     return f, f
 
 
-def topk(x, w, n):
-    pre = np.maximum(linear(x, w), 0) * n
-    f = np.zeros_like(pre)
-    for row, values in zip(f, pre, strict=True):
+def topk(x, n):
+    pre, f = relu(x, n)[0] * n, np.zeros((len(x), M))
+    for row, values in enumerate(pre):
         for j in sorted(range(M), key=lambda j: -values[j])[:K]:
-            row[j] = values[j]
+            f[row, j] = values[j]
     return f, f / n
 
 
-def groupmax(x, w, n, groups=6):
-    pre = np.maximum(linear(x, w), 0)
-    f = np.zeros_like(pre)
-    for row, values in zip(f, pre, strict=True):
+def groupmax(x, n, groups=6):
+    pre, f = relu(x, n)[0], np.zeros((len(x), M))
+    for row, values in enumerate(pre):
         for start in range(0, M, M // groups):
             best = max(range(start, start + M // groups), key=lambda j: values[j])
-            row[best] = values[best]
+            f[row, best] = values[best]
     return f, f
 
 
-def jumprelu(x, w, n, theta=None):
-    pre = linear(x, w)
-    f = np.where((pre * n > (w["threshold"] if theta is None else theta)) & (pre > 0), pre, 0)
+def jumprelu(x, n, theta=W64["threshold"]):
+    pre = x @ W64["W_enc"] + W64["b_enc"]
+    f = np.where((pre * n > theta) & (pre > 0), pre, 0)
     return f, f
 
 
-def jumprelu_06(x, w, n):
-    return jumprelu(x, w, n, 0.6)
-
-
-def jumprelu_log(x, w, n):
-    return jumprelu(x, w, n, np.exp(w["log_threshold"]))
-
-
-def gated(x, w, n):
-    magnitude = x @ (w["W_enc"] * np.exp(w["r_mag"])) + w["b_mag"]
-    f = np.where(x @ w["W_enc"] + w["b_gate"] > 0, np.maximum(magnitude, 0), 0)
+def gated(x, n):
+    magnitude = x @ (W64["W_enc"] * np.exp(W64["r_mag"])) + W64["b_mag"]
+    f = np.where(x @ W64["W_enc"] + W64["b_gate"] > 0, np.maximum(magnitude, 0), 0)
     return f, f
+
+
+jumprelu_06 = partial(jumprelu, theta=0.6)
+jumprelu_log = partial(jumprelu, theta=np.exp(W64["log_threshold"]))
 
 
 def oracle(z, act, subtract=True, scale=(1, 1), norms=False, token=None):
     """What a family computes for vectors z [n, d] → (codes, reconstruction), float64."""
-    w = {n: t.numpy().astype(np.float64) for n, t in random_weights().items()}
     x, times, plus = z, 1, 0
     if token == "norm":
         times = np.linalg.norm(z, axis=1, keepdims=True) / np.sqrt(D)
@@ -133,9 +125,9 @@ def oracle(z, act, subtract=True, scale=(1, 1), norms=False, token=None):
     if token == "layer":
         plus, times = z.mean(1, keepdims=True), z.std(1, ddof=1, keepdims=True)
         x = (z - plus) / (times + 1e-5)
-    n = np.linalg.norm(w["W_dec"], axis=1) if norms else np.ones(M)
-    f, decoded = act(scale[0] * x - (w["b_dec"] if subtract else 0), w, n)
-    return f, (decoded @ w["W_dec"] + w["b_dec"]) / scale[1] * times + plus
+    n = np.linalg.norm(W64["W_dec"], axis=1) if norms else np.ones(M)
+    f, decoded = act(scale[0] * x - (W64["b_dec"] if subtract else 0), n)
+    return f, (decoded @ W64["W_dec"] + W64["b_dec"]) / scale[1] * times + plus
 
 
 POST = "blocks.12.hook_resid_post"
@@ -165,7 +157,7 @@ def scalars(threshold, **more):
 RAW, NORMS = {"subtract": False}, {"norms": True}
 DATA = {"scale": (0.7, 0.7)}
 SCOPE = {"subtract": False, "scale": (np.sqrt(D) / 4, np.sqrt(D) / 5)}
-AVERAGE = "expected_average_only_in"
+AVERAGE, PER_TOKEN = "expected_average_only_in", "constant_norm_rescale"
 NESTED = {"group_sizes": torch.tensor([8, 16])}
 FAMILIES = [    # what it is: (layout, config, activation of the oracle, its settings, extra tensors)
     ("Gemma Scope", "gemma npz", None, jumprelu, RAW),
@@ -179,7 +171,7 @@ FAMILIES = [    # what it is: (layout, config, activation of the oracle, its set
     ("SAELens v5 topk", "saelens", lens(activation_fn_str="topk", activation_fn_kwargs={"k": K}), topk),
     ("SAELens b_dec not subtracted", "saelens jumprelu", lens("jumprelu", apply_b_dec_to_input=False), jumprelu, RAW),
     ("SAELens decoder norms", "saelens", lens("topk", k=K, rescale_acts_by_decoder_norm=True), topk, NORMS),
-    ("SAELens token norm", "saelens jumprelu", lens("jumprelu", normalize_activations="constant_norm_rescale"), jumprelu, {"token": "norm"}),
+    ("SAELens token norm", "saelens jumprelu", lens("jumprelu", normalize_activations=PER_TOKEN), jumprelu, {"token": "norm"}),
     ("SAELens layer norm", "saelens", lens("standard", normalize_activations="layer_norm"), relu, {"token": "layer"}),
     ("SAELens data scale", "saelens", lens("standard", normalize_activations=AVERAGE, norm_scaling_factor=0.7), relu, DATA),
     ("SAELens data scale v3", "saelens", lens(normalize_activations=True, norm_scaling_factor=0.7), relu, DATA),
@@ -212,7 +204,7 @@ FAMILIES += [(f"{name}, no config", layout, None, *rest) for name, layout, _, *r
 
 
 @pytest.mark.parametrize("layout, config, act, reading, extra", [pytest.param(*(*f, {}, {})[1:6], id=f[0]) for f in FAMILIES])
-def test_a_published_layout_gives_the_latents_and_reconstruction_of_its_own_equations(tmp_path, request, layout, config, act, reading, extra):
+def test_a_published_layout_gives_the_latents_and_reconstruction_of_its_equations(tmp_path, request, layout, config, act, reading, extra):
     z = torch.randn(4, 16, D, generator=torch.Generator().manual_seed(1)) * 1.5 + 0.5
     codes, wanted = oracle(z.double().flatten(0, 1).numpy(), act, **reading)
     sae = S.load_sae(write(tmp_path, layout, config, extra))
@@ -382,7 +374,7 @@ def test_health_equals_a_figure_worked_by_hand():
 
 
 def test_info_prints_layout_and_width_and_a_missing_file_is_one_line_and_exit_code_2(tmp_path):
-    call = lambda path: subprocess.run([sys.executable, "sae.py", "info", path], cwd=Path(S.__file__).parent, capture_output=True, text=True)
+    call = lambda path: subprocess.run([sys.executable, S.__file__, "info", path], capture_output=True, text=True)
     good, bad = call(write(tmp_path, "llama scope", moss())), call(tmp_path / "missing")
     assert good.returncode == 0 and "Llama Scope" in good.stdout and f"{D} → {M}" in good.stdout, good.stderr
     assert bad.returncode == 2 and bad.stdout == "" and re.fullmatch(r"error: .*missing.*\n", bad.stderr)
@@ -430,7 +422,8 @@ def test_training_explains_more_than_the_start_with_unit_decoder_rows_and_at_mos
 
 @pytest.mark.parametrize("killed_at", [10, 40])
 def test_an_interrupted_training_goes_on_from_its_checkpoint_and_finishes(tmp_path, backbone, monkeypatch, killed_at):
-    train, save, lines = lambda **other: S.train(backbone, chats(30), 1, settings(tmp_path, 40, **other), lines.append), S.save_checkpoint, []
+    save, lines = S.save_checkpoint, []
+    train = lambda k=4: S.train(backbone, chats(30), 1, settings(tmp_path, 40, k), lines.append)
 
     def save_and_die(state, args):
         save(state, args)
@@ -447,11 +440,23 @@ def test_an_interrupted_training_goes_on_from_its_checkpoint_and_finishes(tmp_pa
     S.resume(state, args)
     save(state, args)                               # what was read is what was written, Adam's moments included
     again = load_file(S.checkpoint_path(args))
-    assert again.keys() == left.keys() and all(torch.equal(again[n], left[n]) for n in left)
+    assert again.keys() == left.keys() and all(torch.equal(again[n], left[n]) for n in left if n != "step_done")
     lines.clear()
     sae = train()
     assert not any(f"step {n}/40 " in line for line in lines for n in range(1, killed_at))
     assert sae.info["tokens"] == 40 * 64 and os.listdir(tmp_path) == []
+
+
+def test_an_sae_in_raw_units_reconstructs_what_its_parameters_did_in_the_scaled_units_of_training(tmp_path):
+    args, z = settings(tmp_path, 1), torch.randn(64, 32, generator=torch.Generator().manual_seed(0)) * 5 + 3
+    state = S.start_state((z, z), args, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        state["b_enc"].add_(0.5)
+    W_enc, b_enc, W_dec, b_dec, scale = (state[n].detach() for n in ("W_enc", "b_enc", "W_dec", "b_dec", "scale"))
+    pre = ((z * scale - b_dec) @ W_enc + b_enc).relu()
+    f = torch.where(pre >= pre.sort(1).values[:, -args.k, None], pre, 0)
+    assert 1.2 < 1 / scale and b_dec.norm() > 1     # else raw and scaled units would hardly differ
+    torch.testing.assert_close(S.finish(state, args, 1).reconstruct(z), (f @ W_dec + b_dec) / scale, rtol=1e-5, atol=1e-4)
 
 
 def test_position_0_is_in_no_batch_and_every_other_token_is_there_once(backbone):
