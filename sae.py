@@ -533,7 +533,7 @@ def sample_activations(backbone, texts, layer, max_length=512):
 # ---------------------------------------------------------------- training a TopK SAE
 
 def train(backbone, texts, layer, args, progress=print):
-    """Train on streamed activations through a shuffle buffer → SAE. Settings: see `train --help`.
+    """Train on streamed activations through a shuffle buffer → SAE, written to args.out. Settings: see `train --help`.
 
     TopK (Gao et al. 2024): loss = error / variance, of all tokens and of scored ones, each around its own mean and
     weighted by the end share; AuxK: latents that have not fired lately learn to explain what is left; decoder rows
@@ -566,6 +566,8 @@ def train(backbone, texts, layer, args, progress=print):
     sae.info.update(model=backbone.meta["model"], template=backbone.meta["template"], texts=Path(args.texts).name,
                     held_out={"all": every, "scored": ends}, tokens=steps * args.batch,
                     settings={n: getattr(args, n) for n in ("k", "end_share", "cuts", "lr", "batch", "buffer", "seed", "max_length")})
+    save_sae(sae, args.out, torch.float16)
+    checkpoint_path(args).unlink(missing_ok=True)       # only now: a kill in between loses nothing
     return sae
 
 
@@ -766,8 +768,6 @@ def main():
         if args.layer is None or not 0 <= args.layer < len(backbone.blocks):
             raise SAEError(f"layer {args.layer} does not exist · {args.model} has blocks 0 to {len(backbone.blocks) - 1} · pass --layer")
         sae = train(backbone, read_texts(args.texts)[:args.limit], args.layer, args, lambda line: print(line, flush=True))
-        save_sae(sae, args.out, torch.float16)
-        checkpoint_path(args).unlink(missing_ok=True)
         print(f"\nwritten {args.out}\n{describe(sae)}\n\nnext: python 02_select_features.py --sae {args.out}")
         return
     sae = load_sae(args.path, getattr(torch, args.sae_dtype), k=args.k_sae, revision=args.revision)
