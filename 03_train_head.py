@@ -16,6 +16,8 @@ one flag away. It does not publish learning rate or epochs either, and uses one 
 
 import argparse
 import importlib
+import json
+import sys
 import time
 from pathlib import Path
 
@@ -231,6 +233,47 @@ def check_backbone(wanted, found, where):
         raise UserError(f"the weights of {found['model']} are not those of {wanted['model']} · {where} · pass the same backbone")
 
 
+# ---------------------------------------------------------------- the self-check
+
+def self_check(run):
+    """Does the finished reward model do what it promises, on its own texts? → list of (what, holds, figure)."""
+    run = Path(run)
+    t, meta = stage1.load_stage(run / "features.safetensors", "02_select_features.py")
+    reward, again = (RewardModel.load(run / "reward_head.safetensors") for _ in range(2))
+    backbone, tokenizer = reward.backbone, reward.backbone.tokenizer
+    pairs = [json.loads(line) for line in (run / "pairs.jsonl").open(encoding="utf-8")]
+    rows = range(0, len(pairs), max(1, len(pairs) // 16))
+    texts = [(pairs[i]["prompt"], pairs[i][side]) for i in rows for side in ("chosen", "rejected")]
+    together = torch.tensor(reward.score(*zip(*texts)))
+    alone = torch.tensor([reward.score([p], [r])[0] for p, r in texts])
+    packing, backbone.pack = backbone.pack, "pad"
+    padded = torch.tensor(reward.score(*zip(*texts)))
+    backbone.pack = packing
+    stored = {side: torch.stack([t[side][i] for i in rows]) for side in ("chosen", "rejected")}
+    place = {int(j): n for n, j in enumerate(t["latents"])}
+    columns = [place.get(int(j), 0) for j in reward.tensors["latents"]]
+    stored = torch.stack([apply_head(reward.head, (stored[s][:, columns] - reward.mean) / reward.std) for s in stored], 1).flatten()
+    spread = float(together.std()) or 1.0
+    limit = 1e-3 if backbone.model.dtype == torch.float32 else 0.1
+    gap = lambda a, b: float((a - b).abs().max()) / spread
+    rendered = [stage1.render(tokenizer, p, r, meta["max_length"]) for p, r in texts]
+    bos = tokenizer.bos_token_id
+    doubled = sum(x.ids[:2] == [bos, bos] for x in rendered) if bos is not None else 0
+    ends = sum(x.ids[x.eot] in stage1.control_tokens(tokenizer)[1] for x in rendered)
+    right, left = (together[0::2] > together[1::2]).float().mean(), (together[1::2] > together[0::2]).float().mean()
+    ties = (together[0::2] == together[1::2]).float().mean()
+    lineage = reward.meta["parent"]["features"] == stage1.file_hash(run / "features.safetensors") and \
+        meta["parent"]["pairs"] == stage1.file_hash(run / "pairs.jsonl")
+    return [("no second BOS", doubled == 0, f"{doubled} of {len(rendered)} texts"),
+            ("an end-of-turn token closes the answer", ends == len(rendered), f"{ends} of {len(rendered)} texts"),
+            ("one by one as together", gap(alone, together) <= limit, f"{gap(alone, together):.1e} of the scores' std"),
+            (f"padded as packed ({packing})", gap(padded, together) <= limit, f"{gap(padded, together):.1e} of the scores' std"),
+            ("new scores as those of stages 1 and 2", gap(stored, together) <= limit, f"{gap(stored, together):.1e} of the scores' std"),
+            ("swapped sides, mirrored accuracy", abs(float(right + left + ties) - 1) < 1e-6, f"{right:.3f} + {left:.3f} + ties {ties:.3f}"),
+            ("loaded twice, the same", bool(torch.equal(together, torch.tensor(again.score(*zip(*texts))))), "bit for bit"),
+            ("files belong together", lineage, "features, pairs")]
+
+
 # ---------------------------------------------------------------- the stage
 
 def standardised(t):
@@ -261,6 +304,15 @@ def parse_args():
     return p.parse_args()
 
 
+def check_settings(args):
+    """Refuse values that cannot train."""
+    least_of = {"--seeds": 1, "--epochs": 1, "--hidden": 1, "--patience": 0, "--lr": 1e-12, "--weight-decay": 0, "--margin": 0}
+    for flag, least in least_of.items():
+        value = getattr(args, flag[2:].replace("-", "_"))
+        if not least <= value < float("inf"):
+            raise UserError(f"{flag} {value} is out of range · {flag} · pass a number from {least:g}")
+
+
 def settings_of(args):
     """What fit_head needs of the arguments (stage 4 gives its controls the same)."""
     return {"kind": args.head, "loss": args.loss, "margin": args.margin, "hidden": args.hidden, "lr": args.lr,
@@ -269,6 +321,11 @@ def settings_of(args):
 
 def main():
     args = parse_args()
+    check_settings(args)
+    if args.check:
+        found = self_check(args.run)
+        print(*(f"{'✓' if holds else '✗'} {what:<42} {figure}" for what, holds, figure in found), sep="\n")
+        sys.exit(0 if all(holds for _, holds, _ in found) else 1)
     path = Path(args.run) / "features.safetensors"
     t, meta = stage1.load_stage(path, "02_select_features.py")
     if meta.get("stage") != "select":

@@ -407,7 +407,7 @@ def from_dictionary_learning(t, config, path, k):
     sae = SAE(*W, t["b_dec"], t["b_dec"], "topk", k=int(t["k"]), info=info)
     threshold = float(t.get("threshold", -1.0))
     if "BatchTopK" in kind or "group_sizes" in t or (not kind and threshold >= 0):
-        if not kind:
+        if not kind and "group_sizes" not in t:
             info["warning"] = "no config: read as a BatchTopK SAE, because a threshold is set"
         if threshold < 0:
             info["warning"] = "the threshold of this BatchTopK SAE was never set: top-k per token is used"

@@ -310,6 +310,9 @@ def test_splits_do_not_depend_on_file_and_order_and_have_the_shares_asked_for(tm
     assert len(sides[1]) == 15 and sides[1].items() <= sides[0].items()
     drawn = [stage1.split_of(f"question {i}") for i in range(4000)]
     assert [round(drawn.count(s) / 4000, 1) for s in stage1.SPLITS] == [0.7, 0.1, 0.2]
+    again = [stage1.split_of(f"question {i}", seed=1) for i in range(4000)]
+    moved = sum(a != b for a, b in zip(drawn, again)) / 4000          # two independent draws differ in 1 - (.49 + .01 + .04)
+    assert moved == pytest.approx(0.46, abs=0.04)
 
 
 def test_pairs_whose_two_sides_are_the_same_tokens_are_dropped_and_counted(tmp_path):

@@ -13,7 +13,6 @@ import io
 import json
 import runpy
 import sys
-import warnings
 from pathlib import Path
 from unittest import mock
 
@@ -113,7 +112,7 @@ def argv(*args):
 def command(script, *args):
     """Run a script as `python script.py args` would, within this process → (exit code, stdout, stderr)."""
     out, err = io.StringIO(), io.StringIO()
-    with argv(*args), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
+    with argv(*args), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
             code = 0
