@@ -28,6 +28,7 @@ import os
 import re
 import sys
 import tempfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -101,7 +102,7 @@ def load_stage(path, made_by="an earlier stage"):
 def write_text(path, text):
     """Write a text file."""
     with moved_into_place(path) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")     # half of a UTF-16 pair stays a JSON escape
 
 
 def write_rows(path, rows):
@@ -150,11 +151,14 @@ def read_rows(path):
             if name.endswith(".csv"):
                 rows = ((f"{path}:{n}", row) for n, row in enumerate(csv.DictReader(text), 1))
             elif name.endswith(".json"):
-                rows = ((f"{path}[{n}]", row) for n, row in enumerate(json.load(text)))
+                array = json.load(text)
+                if not isinstance(array, list):
+                    raise UserError(f"not an array of rows · {path} · put the rows into [ ], or one a line into a .jsonl file")
+                rows = ((f"{path}:[{n}]", row) for n, row in enumerate(array))
             else:
                 rows = ((f"{path}:{n}", parse_line(line, f"{path}:{n}")) for n, line in enumerate(text, 1) if line.strip())
             yield from rows
-        except (json.JSONDecodeError, UnicodeDecodeError, csv.Error, gzip.BadGzipFile, EOFError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, csv.Error, gzip.BadGzipFile, EOFError, zlib.error, RecursionError) as error:
             raise UserError(f"not readable as {name.rpartition('.')[2]} ({error}) · {path} · mend or convert the file") from None
 
 
@@ -289,7 +293,8 @@ class Text:
 def chat_string(tokenizer, messages, **kwargs):
     """The chat template's text. A system turn that it refuses goes into the first user turn; the date is pinned."""
     from jinja2.exceptions import TemplateError
-    options = dict(tokenize=False, date_string="26 Jul 2024", strftime_now=lambda form: "26 Jul 2024", **kwargs)
+    template = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro +%}" + tokenizer.get_chat_template()
+    options = dict(tokenize=False, chat_template=template, date_string="26 Jul 2024", **kwargs)
     try:
         return tokenizer.apply_chat_template(messages, **options)
     except TemplateError:
@@ -327,7 +332,7 @@ def render(tokenizer, prompt, response, max_length=None):
     pattern, _ = control_tokens(tokenizer)
     clean = lambda text: pattern.sub(lambda m: m[0][0] + " " + m[0][1:], text)
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    turns = [{"role": m["role"], "content": clean(m["content"])} for m in turns]
+    turns = [{"role": clean(m["role"]), "content": clean(m["content"])} for m in turns]
     response = clean(response)
     while True:
         text = render_turns(tokenizer, turns, response)
@@ -361,6 +366,8 @@ def cut_prompt(tokenizer, turns, excess):
     """Drop the oldest exchange, or the first `excess` tokens of a lone prompt; None when nothing is left to cut."""
     head = turns[:1] if turns[0]["role"] == "system" else []
     rest = turns[len(head):]
+    if not rest:
+        return None
     if len(rest) > 2:
         return head + rest[2:]
     if len(rest) == 2:
@@ -432,7 +439,7 @@ def from_pretrained(kind, name, revision=None, **extra):
         return getattr(transformers, kind).from_pretrained(locate_model(name), revision=revision, **extra)
     except UserError:
         raise
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"{kind} cannot be opened ({str(error).splitlines()[0]}) · {name} · check the name or the folder") from None
 
 
@@ -450,15 +457,28 @@ def load_config(name, revision=None):
     return from_pretrained("AutoConfig", name, revision).get_text_config()
 
 
+def fingerprint(folder):
+    """Tells two sets of weights in one local folder apart without reading them whole: sizes and three probes a file."""
+    digest, files = hashlib.sha256(), sorted(p for p in folder.glob("*") if p.suffix in (".safetensors", ".bin"))
+    for path in files:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            for place in (0, size // 2, max(0, size - 2**16)):
+                file.seek(place)
+                digest.update(b"%d" % size + file.read(2**16))
+    return digest.hexdigest()[:16] if files else None
+
+
 def describe(name, config, tokenizer, revision=None, dtype="auto", device="auto"):
     """What identifies a backbone without loading its weights → dict; written into every file made with it."""
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     dtype = {"auto": "float32" if device == "cpu" else "bfloat16"}.get(dtype, dtype)
     shape = [config.model_type, config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.vocab_size]
-    template = hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()[:16]
+    template = hashlib.sha256(tokenizer.get_chat_template().encode()).hexdigest()[:16]
     # Gemma-2 caps its attention logits, which only the eager code does
     attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
-    return {"model": name, "revision": revision, "backbone": "-".join(map(str, shape)), "template": template,
+    files = fingerprint(Path(locate_model(name))) or getattr(config, "_commit_hash", None)
+    return {"model": name, "revision": revision, "files": files, "backbone": "-".join(map(str, shape)), "template": template,
             "dtype": dtype, "attention": attention}
 
 
@@ -466,6 +486,11 @@ def load_backbone(name, revision=None, dtype="auto", device="auto", device_map=N
     """Load model and tokenizer → Backbone. Errors: UserError. Remote code is never run."""
     tokenizer = load_tokenizer(name, revision)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"no such device here ({str(error).splitlines()[0]}) · --device {device} · "
+                        "pass cpu, or a device that torch finds") from None
     meta = describe(name, load_config(name, revision), tokenizer, revision, dtype, device)
     spread = {"device_map": device_map} if device_map else {}
     model = from_pretrained("AutoModelForCausalLM", name, revision, dtype=getattr(torch, meta["dtype"]),
@@ -689,6 +714,8 @@ def prepare_pairs(args, tokenizer):
                 dropped.append({"where": where, "reason": reason, "row": raw})
                 continue
             identity = (re.findall(r"\d+", where)[-1] if name is None else str(name)) + (f"#{n}" if len(found) > 1 else "")
+            if args.limit and len(kept) >= args.limit:
+                break
             kept.append({"id": identity, "prompt": prompt, "chosen": chosen, "rejected": rejected,
                          "group": hash_number(plain_text(prompt)), "split": split_of(prompt, args.seed, shares),
                          "category": raw.get("category", raw.get("subset")), "source": raw.get("source", Path(args.pairs).name)})
@@ -705,6 +732,8 @@ def problem_with(tokenizer, prompt, chosen, rejected, max_length):
     """Why a pair cannot be used → str, or None."""
     if not all(isinstance(x, str) and x.strip() for x in (chosen, rejected)):
         return "an empty or non-text response"
+    if re.search("[\ud800-\udfff]", f"{prompt}{chosen}{rejected}"):
+        return "half of a UTF-16 pair, which no tokenizer takes"
     if isinstance(prompt, list):
         if not prompt or not all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in prompt):
             return "prompt messages without role and content"
@@ -765,6 +794,9 @@ def parse_args():
     p.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = p.parse_args()
     args.layer = list(dict.fromkeys(args.layer))
+    for flag, value in (("--limit", args.limit), ("--max-length", args.max_length), ("--batch-tokens", args.batch_tokens)):
+        if value is not None and value < 1:
+            raise UserError(f"{flag} must be at least 1 · {flag} {value} · leave it out for the default")
     shares = args.split.split(",")
     number = re.compile(r"0?\.\d+|[01](\.0*)?")
     if len(shares) != 3 or not all(number.fullmatch(x) for x in shares) or abs(sum(map(float, shares)) - 1) > 1e-6:

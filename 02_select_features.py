@@ -36,7 +36,7 @@ TRAIN = 0
 def shard_files(run, layer=None):
     """The activation shards of one layer of a run → (sorted paths, their common metadata)."""
     folder = Path(run) / "activations"
-    layers = sorted({int(p.name[5:].partition("-")[0]) for p in folder.glob("layer*-*.safetensors")})
+    layers = sorted({int(p.name[5:].partition("-")[0]) for p in folder.glob("layer[0-9]*-*-of-*.safetensors")})
     if not layers:
         raise stage1.UserError(f"no activations · {folder} · run 01_extract.py --run {run} first")
     if layer is None and len(layers) > 1:
