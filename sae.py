@@ -511,22 +511,24 @@ def sequences_of(backbone, texts, max_length, cuts=0, rng=None):
     return sequences, scored
 
 
-def activations(backbone, texts, layer, max_length, cuts=0, rng=None):
-    """Yield (all [n, d], scored [m, d]) a forward pass: each distinct token once, without position 0.
+def activations(backbone, texts, layer, max_length, cuts=0, rng=None, repeats=False):
+    """Yield (all [n, d], scored [m, d]) a forward pass, without position 0. A token that texts share (a system prompt) comes
+    once a pass, or with `repeats` as often as it stands in the texts.
 
     The first token is an attention sink: its vector is huge, the same in every text, and says nothing.
     """
     stage1 = importlib.import_module("01_extract")
     sequences, scored = sequences_of(backbone, texts, max_length, cuts, rng)
     for members, (hidden,) in stage1.hidden_rows(backbone, sequences, [layer]):
-        every = np.unique(np.concatenate([path[1:] for _, path in members]))
+        every = np.concatenate([path[1:] for _, path in members])
+        every = every if repeats else np.unique(every)
         ends = np.array([path[-1] for i, path in members if scored[i]], dtype=int)
         yield hidden[torch.from_numpy(every)].float(), hidden[torch.from_numpy(ends)].float()
 
 
 def sample_activations(backbone, texts, layer, max_length=512):
-    """→ (all tokens [n, d], scored tokens [m, d]) of some texts, for health()."""
-    rows = list(activations(backbone, texts, layer, max_length))
+    """→ (all tokens [n, d], scored tokens [m, d]) of some texts as they are, for health()."""
+    rows = list(activations(backbone, texts, layer, max_length, repeats=True))
     return torch.cat([a for a, _ in rows]), torch.cat([b for _, b in rows])
 
 

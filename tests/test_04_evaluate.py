@@ -1,0 +1,300 @@
+"""Stage 4, against numbers worked by hand, plain loops, and the reward model itself."""
+
+import argparse
+import importlib
+import json
+import math
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from tiny import assert_one_line_error, command, succeed
+
+stage1, stage3, stage4 = (importlib.import_module(n) for n in ("01_extract", "03_train_head", "04_evaluate"))
+TRAIN, DEV, TEST = range(3)
+CONTROLS = {"dense", "random_directions", "random_latents", "activations", "words", "length", "shuffled_labels"}
+
+
+def test_the_bootstrap_is_a_plain_loop_that_draws_whole_groups():
+    rng, means = np.random.default_rng(1), []
+    groups, values = rng.integers(12, size=40) * 1000 + 7, rng.random(40)
+    names = sorted(set(groups.tolist()))
+    for drawn in np.random.default_rng(3).integers(len(names), size=(200, len(names))):
+        means.append(statistics.mean([v for g in drawn for v, of in zip(values, groups) if of == names[g]]))
+    low, *_, high = statistics.quantiles(means, n=40, method="inclusive")        # 1/40 is 2.5 %
+    assert stage4.bootstrap(values, groups, draws=200, seed=3) == pytest.approx((sum(values) / 40, low, high))
+
+
+def test_the_interval_of_an_accuracy_is_close_to_the_one_of_the_normal_law():
+    half = 1.96 * math.sqrt(0.75 * 0.25 / 400)
+    found = stage4.bootstrap(np.repeat([1.0, 0.0], [300, 100]), np.arange(400))
+    assert found == pytest.approx((0.75, 0.75 - half, 0.75 + half), abs=0.006)
+
+
+def test_ten_copies_of_a_row_in_one_group_tell_no_more_than_one():
+    right = (np.random.default_rng(0).random(50) < 0.7).astype(float)
+    once, copied = stage4.bootstrap(right, np.arange(50)), stage4.bootstrap(np.repeat(right, 10), np.repeat(np.arange(50), 10))
+    as_rows = stage4.bootstrap(np.repeat(right, 10), np.arange(500))
+    assert copied == pytest.approx(once)
+    assert copied[2] - copied[1] > 2.5 * (as_rows[2] - as_rows[1])       # sqrt(10) times as wide
+
+
+def test_a_tie_is_wrong_and_is_a_half_under_the_half_point_rule():
+    found = stage4.summary(np.array([[1.0, 0.0, -1.0, 2.0], [0.0, 0.0, 1.0, 1.0]]), np.array([5, 5, 6, 7]))
+    # right 2 and 2 of 4, ties 1 and 2 of 4
+    assert found["accuracy"] == 0.5 and found["seeds"] == [0.5, 0.5] and found["ties"] == 3 / 8
+    assert found["ties_half"] == 0.5 + 3 / 16 and found["n"] == 4 and found["groups"] == 3
+    assert found["low"] <= 0.5 <= found["high"]
+
+
+def evaluated(run):
+    return stage4.evaluate(stage4.Data(run), argparse.Namespace(seeds=1, sweeps="none", other=[]))[0]
+
+
+@pytest.fixture(scope="module")
+def before(finished):
+    return evaluated(finished)
+
+
+def test_differences_are_taken_pair_by_pair(finished, monkeypatch):
+    data = stage4.Data(finished)
+    test = data.split == TEST
+    own = np.subtract(*(stage4.head_rewards(data, z[test]) for z in data.z))[None]
+    a = float((own > 0).mean())
+    monkeypatch.setattr(stage4, "controls", lambda data, seeds: {"same": (1, own), "mirrored": (1, -own)})
+    found = evaluated(finished)
+    assert 0 < a < 1 and found["accuracy"]["same"]["low"] < a < found["accuracy"]["same"]["high"]
+    assert found["differences"]["same"] == {"mean": 0, "low": 0, "high": 0}        # right on the same pairs: no doubt at all
+    # +1 where the head is right, -1 where it is wrong: twice the accuracy, less 1, and so is the interval
+    b = found["accuracy"]["sparserm"]
+    assert found["differences"]["mirrored"] == pytest.approx({n: 2 * b[m] - 1 for n, m in
+                                                              (("mean", "accuracy"), ("low", "low"), ("high", "high"))})
+
+
+def test_calibration_is_a_plain_loop_over_bins_of_at_least_50_pairs_whose_outcome_is_who_won():
+    rng = np.random.default_rng(4)
+    d, t = rng.normal(0.5, 2, size=330), 1.7
+    found = stage4.calibration(d, t)
+    p, right = [1 / (1 + math.exp(-abs(x) / t)) for x in d], [float(x > 0) for x in d]
+    assert found["nll"] == pytest.approx(sum(math.log(1 + math.exp(-x / t)) for x in d) / 330)
+    assert found["brier"] == pytest.approx(sum((a - b) ** 2 for a, b in zip(p, right)) / 330)
+    sizes, order, ece = [b["n"] for b in found["bins"]], sorted(range(330), key=lambda i: p[i]), 0.0
+    assert sum(sizes) == 330 and len(sizes) == 6 and min(sizes) >= 50 and max(sizes) - min(sizes) <= 1
+    for b in found["bins"]:
+        rows, order = order[:b["n"]], order[b["n"]:]
+        mean_p, mean_right = (sum(x[i] for i in rows) / len(rows) for x in (p, right))
+        assert (b["confidence"], b["accuracy"]) == pytest.approx((mean_p, mean_right)) and b["accuracy"] < 1
+        ece += len(rows) / 330 * abs(mean_p - mean_right)
+    assert found["ece"] == pytest.approx(ece)
+    assert len(stage4.calibration(d[:49], t)["bins"]) == 1 and len(stage4.calibration(np.tile(d, 9), t)["bins"]) == 10
+
+
+def test_length_figures_by_hand():
+    found = stage4.length_figures(np.array([1.0, 2.0, 3.0]), np.array([0.0, 5.0, 4.0]), np.array([10, 20, 30]), np.array([10, 10, 29]))
+    # at most a tenth apart: 10 and 10 (right), 30 and 29 (wrong). Lengths 10 20 30 10 10 29, rewards 1 2 3 0 5 4:
+    # means 18.1667 and 2.5, Σ xy - n·mx·my = 306 - 272.5, Σx² = 2441 - 1980.17, Σy² = 55 - 37.5
+    assert found["matched_n"] == 2 and found["matched_accuracy"] == 0.5
+    assert found["correlation"] == pytest.approx(33.5 / math.sqrt(460.8333 * 17.5), abs=1e-5)
+    far = stage4.length_figures(np.zeros(2), np.zeros(2), np.full(2, 10), np.full(2, 20))
+    assert far == {"correlation": 0.0, "matched_n": 0, "matched_accuracy": None}
+
+
+def test_only_grams_of_two_train_responses_become_columns_and_rows_have_norm_1():
+    split = torch.tensor([TRAIN, TRAIN, TEST, DEV])
+    texts = [["a b", "A c!", "z y z y", "a b"], ["a, b", "d", "z y", "b z y"]]
+    chosen, rejected = stage4.word_features(texts, split)
+    assert chosen.shape == rejected.shape == (4, 3)                        # a (three times), b, "a b" (twice each)
+    torch.testing.assert_close(torch.cat([chosen, rejected]).norm(dim=1), torch.tensor([1.0, 1, 0, 1, 1, 0, 0, 1]))
+    assert torch.equal(chosen[0], rejected[0]) and torch.equal(chosen[0], chosen[3]) and (chosen[0] > 0).all()
+    assert chosen[0].min() == chosen[0][chosen[1].argmax()]                # a, the most frequent, weighs least
+    other = stage4.word_features([["a b", "A c!", "q q", "q"], ["a, b", "d", "q", "q"]], split)
+    assert torch.equal(chosen[:2], other[0][:2]) and torch.equal(rejected[:2], other[1][:2])
+
+
+def test_a_word_that_decides_everything_gives_the_words_an_accuracy_of_1_and_no_common_word_gives_ties():
+    rng, split = random.Random(0), torch.tensor([TRAIN, TRAIN, DEV, TEST] * 20)
+    filler = lambda: " ".join(rng.choices("the cat sat on a mat while it rained".split(), k=5))
+    telling = [[f"{filler()} {word} {filler()}" for _ in split] for word in ("yes", "no")]
+    for texts, sign in ((telling, 1), ([[f"{side}{i}" for i in range(80)] for side in "ab"], 0)):
+        _, d = stage4.fit_and_test(*stage4.word_features(texts, split), split, {0: {"columns": slice(None)}}, [0], {})
+        assert d.shape == (1, 20) and (np.sign(d) == sign).all()
+
+
+def test_random_latents_fire_random_directions_have_norm_1_and_activations_are_those_of_the_sae(finished):
+    frequency = (torch.arange(100) % 3 == 1) * 0.01
+    latents = [stage4.random_latents(frequency, 20, seed).tolist() for seed in range(5)]
+    assert all(len(set(d)) == 20 and all(j % 3 == 1 for j in d) for d in latents) and len(set(map(tuple, latents))) == 5
+    torch.testing.assert_close(stage4.gaussian_directions(6, 32, 1).norm(dim=1), torch.ones(6))
+    data = stage4.Data(finished)
+    by_hand = torch.tensor([[max(0.0, float(z @ data.sae.W_dec[j])) for j in (5, 0, 63)] for z in data.z[0]])   # it has no biases
+    torch.testing.assert_close(stage4.latent_activations(data.sae, data.z[0], [5, 0, 63]), by_hand, rtol=1e-4, atol=1e-4)
+
+
+def test_shuffled_labels_swap_both_sides_of_half_of_train_and_dev_and_leave_test_alone():
+    z, split = torch.randn(2, 300, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([TRAIN, DEV, TEST] * 100)
+    a, b = stage4.shuffled_sides([*z], split, 0)
+    kept, swapped = (((a == x) & (b == y)).all(1) for x, y in (z, z.flip(0)))
+    assert (kept ^ swapped).all() and kept[split == TEST].all()
+    assert all(30 < swapped[split == s].sum() < 70 for s in (TRAIN, DEV))
+    assert not torch.equal(a, stage4.shuffled_sides([*z], split, 1)[0])
+
+
+# ---------------------------------------------------------------- the stage
+
+@pytest.fixture
+def run(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def evaluate(run, *args):
+    """Run stage 4 → evaluation.json."""
+    succeed("04_evaluate", "--run", run, "--seeds", 2, *args)
+    return json.loads((run / "evaluation.json").read_text("utf-8"))
+
+
+def extract(run, out, pairs, *args):
+    """Stage 1 with the model of `run`."""
+    succeed("01_extract", "--model", stage1.read_meta(run / "features.safetensors")["model"], "--pairs", pairs, "--run", out, *args)
+
+
+def change_run(run, change):
+    """change(tensors of the shard, rows of pairs.jsonl); then pass the new hashes on, so that all files belong together."""
+    shard, = (run / "activations").iterdir()
+    t, meta = stage1.load_stage(shard)
+    rows = [json.loads(line) for line in open(run / "pairs.jsonl", encoding="utf-8")]
+    change(t, rows)
+    stage1.write_rows(run / "pairs.jsonl", rows)
+    stage1.save_stage(shard, t, meta | {"parent": {"pairs": stage1.file_hash(run / "pairs.jsonl")}})
+    for name, parent in (("features", {"activations": [stage1.file_hash(shard)]}), ("reward_head", None)):
+        t, meta = stage1.load_stage(run / f"{name}.safetensors")
+        meta["parent"] |= parent or {"features": stage1.file_hash(run / "features.safetensors")}
+        stage1.save_stage(run / f"{name}.safetensors", t, meta)
+
+
+def test_evaluation_json_holds_every_number_that_the_design_lists(run):
+    found = evaluate(run, "--sweeps", "full", "--other", f"self={run}")
+    own, curve, cost = found["accuracy"]["sparserm"], found["curves"]["k"], found["cost"]
+    assert set(found["accuracy"]) == {"sparserm", *CONTROLS} and set(found["differences"]) == CONTROLS
+    for name, row in found["accuracy"].items():
+        assert {"accuracy", "low", "high", "ties", "n", "groups", "seeds"} <= set(row)
+        assert row["n"] == row["groups"] == found["run"]["pairs"]["test"] and row["low"] <= row["accuracy"] <= row["high"]
+        assert len(row["seeds"]) == (2 if name in ("random_directions", "random_latents", "shuffled_labels") else 1)
+    for name, gap in found["differences"].items():
+        assert gap["low"] <= gap["mean"] <= gap["high"]
+        assert gap["mean"] == pytest.approx(own["accuracy"] - found["accuracy"][name]["accuracy"])
+    assert set(found["calibration"]) == {"temperature", "nll", "brier", "ece", "bins"} and {"explained_variance", "l0"} <= set(found["sae"])
+    assert set(found["length"]) == {"correlation", "matched_accuracy", "matched_n"}
+    assert set(curve) == {"sparserm", "random_directions", "random_latents", "activations"}
+    assert all(set(c) == {"1", "2", "4", "8"} for c in curve.values()) and set(found["curves"]["pairs"]) == {*curve, "dense"}
+    assert all(set(c) == {str(found["run"]["pairs"]["train"])} for c in found["curves"]["pairs"].values())
+    assert cost["trained_parameters"] == 2 * found["run"]["k"] + 1 == pytest.approx(cost["share"] * cost["backbone_parameters"], rel=1e-3)
+    assert found["other"] == {"self": {n: v for n, v in own.items() if n != "choice"}}          # its own test pairs
+    assert set(json.loads((run / "timings.json").read_text())) == {"controls", "k curve", "pairs curve"}
+
+
+@pytest.mark.parametrize("layers", [[1], [1, 2]])
+def test_the_accuracy_and_that_on_another_set_are_those_of_scoring_the_texts(layers, run, tmp_path):
+    other, rows = tmp_path / "other", [{**r, "prompt": r["prompt"].replace("case", "question")} for r in tiny.make_pairs(50)]
+    extract(run, other, tiny.save_rows(tmp_path / "rows.jsonl", rows), "--layer", *layers)
+    found = evaluate(run, "--sweeps", "none", "--other", f"new={other}")
+    reward = stage3.RewardModel.load(run / "reward_head.safetensors")
+    for folder, row in ((run, found["accuracy"]["sparserm"]), (other, found["other"]["new"])):
+        pairs = [p for p in map(json.loads, open(folder / "pairs.jsonl", encoding="utf-8")) if p["split"] == "test"]
+        c, r = (reward.score([p["prompt"] for p in pairs], [p[side] for p in pairs]) for side in ("chosen", "rejected"))
+        assert row["n"] == len(pairs) and row["accuracy"] == pytest.approx(sum(a > b for a, b in zip(c, r)) / len(pairs))
+
+
+def test_the_same_command_gives_the_same_bytes_in_another_process(run, tmp_path):
+    shutil.copytree(run, tmp_path / "again")
+    evaluate(run, "--sweeps", "none")
+    commands = f"import tiny; tiny.succeed('04_evaluate', '--run', {str(tmp_path / 'again')!r}, '--seeds', 2, '--sweeps', 'none')"
+    subprocess.run([sys.executable, "-c", commands], check=True,
+                   env={**os.environ, "PYTHONHASHSEED": "5", "PYTHONPATH": f"{tiny.ROOT}{os.pathsep}{tiny.ROOT / 'tests'}"})
+    assert (run / "evaluation.json").read_bytes() == (tmp_path / "again/evaluation.json").read_bytes()
+
+
+def test_a_second_call_shows_the_same_table_and_computes_nothing_unless_the_sweeps_differ(run, monkeypatch, capsys):
+    assert set(evaluate(run, "--sweeps", "small")["curves"]) == {"k"}
+    assert evaluate(run, "--sweeps", "none")["curves"] == {}
+    before = (run / "evaluation.json").stat().st_mtime_ns
+    monkeypatch.setattr(stage4, "evaluate", lambda *_: pytest.fail("computed again"))
+    with tiny.argv("--run", run, "--seeds", 2, "--sweeps", "none"):
+        stage4.main()
+    assert "shuffled_labels" in capsys.readouterr().out and (run / "evaluation.json").stat().st_mtime_ns == before
+
+
+def test_swapped_sides_turn_the_accuracy_of_a_fixed_head_into_1_minus_it_and_leave_what_is_fitted_anew(before, run):
+    def swap(t, rows):
+        for a, b in (("chosen", "rejected"), ("chosen_tokens", "rejected_tokens")):
+            t[a], t[b] = t[b], t[a]
+        for row in rows:
+            row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+    change_run(run, swap)
+    a, b = before["accuracy"], evaluated(run)["accuracy"]
+    assert a["sparserm"]["ties"] == 0 and b["sparserm"]["accuracy"] == pytest.approx(1 - a["sparserm"]["accuracy"])
+    for name in ("dense", "words", "length", "random_directions", "activations"):
+        assert b[name]["accuracy"] == pytest.approx(a[name]["accuracy"])
+
+
+@pytest.mark.parametrize("split", [TRAIN, TEST])
+def test_train_activations_change_nothing_that_is_read_off_test_and_test_activations_no_choice(split, before, run):
+    change_run(run, lambda t, _: t.update(chosen=torch.where((t["split"] == split)[:, None], -9 * t["rejected"], t["chosen"]),
+                                          chosen_tokens=t["chosen_tokens"] * ((t["split"] < TEST) | (split < TEST))))
+    after = evaluated(run)
+    a, b = before["accuracy"], after["accuracy"]
+    if split == TRAIN:
+        assert all(before[n] == after[n] for n in ("calibration", "length")) and a["dense"] != b["dense"]
+        assert all(a[n] == b[n] for n in ("sparserm", "words", "length"))
+    else:
+        assert {n: a[n]["choice"] for n in a} == {n: b[n]["choice"] for n in b} and a["sparserm"] != b["sparserm"]
+
+
+def test_a_head_with_a_fixed_k_gives_the_controls_the_same_k(run):
+    succeed("03_train_head", "--run", run, "--k", 3, "--head", "mlp", "--hidden", 4, "--seeds", 1, "--epochs", 20)
+    found = evaluate(run, "--sweeps", "none")["accuracy"]
+    assert {n: found[n]["choice"] for n in found if n not in ("dense", "words", "length")} == {
+        "sparserm": 3, "activations": 3, "random_directions": [3, 3], "random_latents": [3, 3], "shuffled_labels": [3, 3]}
+
+
+# ---------------------------------------------------------------- bad input
+
+def refused(run, *words, args=()):
+    assert_one_line_error(command("04_evaluate", "--run", run, "--sweeps", "none", *args), *words)
+    assert not (run / "evaluation.json").exists()
+
+
+def test_a_head_made_from_other_features_or_none_is_refused_and_the_stage_to_run_named(run):
+    succeed("02_select_features", "--run", run, "--sae", stage1.read_meta(run / "features.safetensors")["sae"], "--k", 4)
+    refused(run, "another features.safetensors", "03")
+    (run / "reward_head.safetensors").unlink()
+    refused(run, "reward_head.safetensors", "03_train_head.py")
+
+
+def test_another_sae_activations_of_another_run_and_no_test_pairs_are_refused(run, tmp_path):
+    refused(run, "not the SAE", args=["--sae", tiny.save_sae(tmp_path / "other.safetensors", seed=1)])
+    refused(run, "none.safetensors", args=["--sae", tmp_path / "none.safetensors"])
+    change_run(run, lambda t, _: t["split"].clamp_(max=DEV))
+    refused(run, "test split", run)
+    extract(run, run, run / "pairs.jsonl", "--layer", 1, "--token", "content")
+    refused(run, "activations", run, "02")
+
+
+@pytest.mark.parametrize("flag, value, word", [("--seeds", "0", "--seeds"), ("--seeds", "-1", "--seeds"), ("--other", "runs/a", "NAME=DIR"),
+                                               ("--other", "safe=nowhere", "nowhere")])
+def test_a_flag_that_cannot_be_meant_is_one_line_that_names_it(flag, value, word, run):
+    refused(run, word, args=[flag, value])
+
+
+@pytest.mark.parametrize("args, word", [(["--layer", 2], "layer"), (["--layer", 1, "--token", "eot"], "token"),
+                                        (["--layer", 1, "--split", "0.8,0.2,0"], "test split")])
+def test_another_set_of_another_layer_or_token_or_without_test_pairs_is_refused(args, word, run, tmp_path):
+    extract(run, tmp_path / "other", run / "pairs.jsonl", *args)
+    refused(run, word, "other", args=["--other", f"x={tmp_path / 'other'}"])
