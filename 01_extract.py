@@ -257,10 +257,31 @@ def pairs_of_row(row, label=None):
     return [(prompt, *sides)]
 
 
+def usable_pairs(tokenizer, row, label, max_length):
+    """One row → (list of (prompt, chosen, rejected) that can be scored, list of reasons for those that cannot)."""
+    try:
+        found = pairs_of_row(row, label) if isinstance(row, dict) else "not a JSON object"
+    except UserError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+        found = f"malformed ({type(error).__name__}: {error})"
+    if isinstance(found, str):
+        return [], [found]
+    reasons = [problem_with(tokenizer, *pair, max_length) for pair in found]
+    return [pair for pair, reason in zip(found, reasons) if not reason], [reason for reason in reasons if reason]
+
+
 def plain_text(prompt):
     """A prompt's text, normalised: the same question counts as the same in every file."""
     text = prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt)
     return " ".join(text.split()).casefold()
+
+
+def question_of(prompt):
+    """What a pair is grouped and split by: the prompt, of a dialogue its first user turn (data sets cut one dialogue at many turns)."""
+    if isinstance(prompt, list):
+        prompt = next((m["content"] for m in prompt if m["role"] == "user"), prompt[0]["content"])
+    return plain_text(prompt)
 
 
 def hash_number(text):
@@ -269,8 +290,8 @@ def hash_number(text):
 
 
 def split_of(prompt, seed=0, shares=(0.7, 0.1, 0.2)):
-    """"train", "dev" or "test" by a hash of (seed, normalised prompt): no file or order can move a question."""
-    place = hash_number(f"{seed}:{plain_text(prompt)}") / 2**48
+    """"train", "dev" or "test" by a hash of (seed, normalised question): no file or order can move it."""
+    place = hash_number(f"{seed}:{question_of(prompt)}") / 2**48
     return SPLITS[min(2, int(np.searchsorted(np.cumsum(shares), place, side="right")))]
 
 
@@ -377,7 +398,8 @@ def cut_prompt(tokenizer, turns, excess):
     if excess >= len(offsets):
         return None
     content = content[max(1, offsets[excess][0]):]
-    return [*head, {**rest[0], "content": content.partition(" ")[2] or content}]
+    space = content.find(" ", 0, 30)                # begin with a whole word, where there is one
+    return [*head, {**rest[0], "content": content[space + 1:] or content}]
 
 
 # ---------------------------------------------------------------- the frozen backbone
@@ -698,27 +720,15 @@ def prepare_pairs(args, tokenizer):
     for where, raw in read_rows(args.pairs):
         if args.limit and len(kept) >= args.limit:
             break
-        try:
-            found = pairs_of_row(raw, args.label) if isinstance(raw, dict) else "not a JSON object"
-        except UserError:
-            raise
-        except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
-            found = f"malformed ({type(error).__name__}: {error})"
-        if isinstance(found, str):
-            dropped.append({"where": where, "reason": found, "row": raw})
-            continue
-        name = raw.get("id")
-        for n, (prompt, chosen, rejected) in enumerate(found):
-            reason = problem_with(tokenizer, prompt, chosen, rejected, args.max_length)
-            if reason:
-                dropped.append({"where": where, "reason": reason, "row": raw})
-                continue
+        found, reasons = usable_pairs(tokenizer, raw, args.label, args.max_length)
+        dropped += [{"where": where, "reason": reason, "row": raw} for reason in reasons]
+        name = raw.get("id") if isinstance(raw, dict) else None
+        for n, (prompt, chosen, rejected) in enumerate(found[:args.limit - len(kept) if args.limit else None]):
             identity = (re.findall(r"\d+", where)[-1] if name is None else str(name)) + (f"#{n}" if len(found) > 1 else "")
-            if args.limit and len(kept) >= args.limit:
-                break
             kept.append({"id": identity, "prompt": prompt, "chosen": chosen, "rejected": rejected,
-                         "group": hash_number(plain_text(prompt)), "split": split_of(prompt, args.seed, shares),
+                         "group": hash_number(question_of(prompt)), "split": split_of(prompt, args.seed, shares),
                          "category": raw.get("category", raw.get("subset")), "source": raw.get("source", Path(args.pairs).name)})
+    write_rows(Path(args.run) / "dropped.jsonl", dropped)           # also where too few are left: it says why
     if not kept:
         reasons = "; ".join(sorted({d["reason"] for d in dropped})[:3]) or "the file is empty"
         raise UserError(f"no usable pair ({reasons}) · {args.pairs} · rows need prompt, chosen, rejected")
@@ -813,7 +823,6 @@ def main():
     run = Path(args.run)
     kept, dropped = prepare_pairs(args, tokenizer)
     write_rows(run / "pairs.jsonl", kept)
-    write_rows(run / "dropped.jsonl", dropped)
     meta = {"stage": "extract", **describe(args.model, config, tokenizer, args.revision, args.dtype, args.device), "token": args.token,
             "max_length": args.max_length, "seed": args.seed, "split": args.split, "parent": {"pairs": file_hash(run / "pairs.jsonl")}}
     count = -(-len(kept) // SHARD_PAIRS)
@@ -857,7 +866,10 @@ def report(args, kept, dropped, computed, count):
           f"\nwritten    {args.run}/pairs.jsonl, {args.run}/activations/")
     if dropped:
         print(f"dropped    {args.run}/dropped.jsonl, the first because: {dropped[0]['reason']}")
-    print(f"\nnext: python 02_select_features.py --run {args.run} --sae assets/sae-smollm2-135m-layer{args.layer[0]}.safetensors")
+    shipped = f"assets/sae-smollm2-135m-layer{args.layer[0]}.safetensors"
+    which = f" --layer {args.layer[0]}" if len(args.layer) > 1 else ""
+    print(f"\nnext: python 02_select_features.py --run {args.run}{which} --sae "
+          f"{shipped if args.model == 'demo' and Path(shipped).exists() else 'PATH-OF-YOUR-SAE'}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ right direction, fewer are kept; the paper does not say what it does then.
 """
 
 import argparse
-import hashlib
 import importlib
 from pathlib import Path
 
@@ -129,16 +128,11 @@ def check_belongs(sae, meta, width, path):
         raise stage1.UserError(f"the SAE is for layer {layer}, the activations are from layer {meta['layer']} · {path} · "
                                f"pass an SAE of layer {meta['layer']}, or run 01_extract.py --layer {layer}")
     found = [] if layer is not None else ["the SAE does not say its layer: check that it belongs to this one"]
+    if not model:
+        found.append(f"the SAE does not say its model: check that it belongs to {meta['model']}")
     if model and str(model).rpartition("/")[2].lower() != str(meta["model"]).rpartition("/")[2].lower():
         found.append(f"the SAE was trained on {model}, the activations are of {meta['model']}")
     return found
-
-
-def sae_hash(path, sae):
-    """SHA-256 of the SAE: its file where it is local, else its decoder."""
-    if Path(path).is_file():
-        return stage1.file_hash(path)
-    return hashlib.sha256(sae.W_dec.float().numpy().tobytes()).hexdigest()
 
 
 def parse_args():
@@ -160,8 +154,10 @@ def main():
     paths, meta = shard_files(args.run, args.layer)
     sae = load_sae(args.sae, getattr(torch, args.sae_dtype), k=args.k_sae)
     warnings = check_belongs(sae, meta, next(read_chunks(paths, 1))["chosen"].shape[1], args.sae)
-    parent = {"activations": [stage1.file_hash(p) for p in paths], "sae": sae_hash(args.sae, sae), "pairs": meta["parent"]["pairs"]}
-    record = {**meta, "stage": "select", "k_asked": args.k, "sae": args.sae, "sae_dtype": args.sae_dtype, "parent": parent}
+    parent = {"activations": [stage1.file_hash(p) for p in paths], "sae": stage1.file_hash(sae.info["weights"]),
+              "pairs": meta["parent"]["pairs"]}
+    record = {**meta, "stage": "select", "k_asked": args.k, "sae": args.sae, "sae_dtype": args.sae_dtype, "k_sae": args.k_sae,
+              "parent": parent}
     out = Path(args.run) / "features.safetensors"
     if not stage1.up_to_date(out, record):
         select(args, paths, sae, record, warnings, out)

@@ -17,7 +17,7 @@ Test pairs are read here for the first time. Every control gets the same pairs, 
     shuffled_labels     the whole method on labels shuffled before selection: must be near 0.5
 
 An interval is the middle 95 % of 2,000 bootstrap draws over groups (prompts). "Better than a control" needs the interval of
-the *difference* clear of 0. The paper reports no intervals.
+the *difference* clear of 0 (there a tie counts half). The paper reports no intervals.
 """
 
 import argparse
@@ -39,7 +39,8 @@ from sae import SAEError, load_sae
 
 stage1, stage2, stage3 = (importlib.import_module(n) for n in ("01_extract", "02_select_features", "03_train_head"))
 TRAIN, DEV, TEST = range(3)
-DECAYS = (0.001, 0.01, 0.1, 1.0)        # dense and words have no K: dev chooses their L2 penalty instead
+# dense and words have no K: dev chooses their L2 penalty instead
+DENSE = {d: {"columns": slice(None), "weight_decay": d} for d in (0.0001, 0.001, 0.01, 0.1, 1.0)}
 WORD_COLUMNS = 2**13     # at most
 DRAWS = 2000
 
@@ -47,20 +48,40 @@ DRAWS = 2000
 # ---------------------------------------------------------------- statistics
 
 def bootstrap(values, groups, draws=DRAWS, seed=0):
-    """Mean of per-pair values [n] → (mean, low, high): percentile bootstrap over groups, 95 %."""
+    """Mean of values [seeds, n] over seeds and pairs → (mean, low, high): percentile bootstrap, 95 %.
+
+    A draw takes groups with replacement, and seeds too where there are several: which random directions were drawn is as
+    much chance as which prompts were.
+    """
+    values = np.atleast_2d(values)
     _, inverse = np.unique(groups, return_inverse=True)
-    total, count = np.bincount(inverse, values), np.bincount(inverse)
-    pick = np.random.default_rng(seed).integers(len(count), size=(draws, len(count)))
-    means = total[pick].sum(1) / count[pick].sum(1)
-    return float(np.mean(values)), *map(float, np.quantile(means, (0.025, 0.975)))
+    count, rng = np.bincount(inverse), np.random.default_rng(seed)
+    total = np.stack([np.bincount(inverse, v) for v in values])                         # [seeds, groups]
+    means = np.empty(draws)
+    for n in range(draws):
+        pick = rng.integers(len(count), size=len(count))
+        rows = rng.integers(len(values), size=len(values))
+        means[n] = total[rows][:, pick].sum(1).mean() / count[pick].sum()
+    return float(values.mean()), *map(float, np.quantile(means, (0.025, 0.975)))
+
+
+def points(differences):
+    """r_chosen - r_rejected → 1 where right, 0 where wrong, 1/2 for a tie (a control that says nothing is a coin)."""
+    return (differences > 0) + (differences == 0) / 2
 
 
 def summary(differences, groups):
     """r_chosen - r_rejected of each seed [seeds, n] → accuracy (strict), interval, ties and the figure with ties as half."""
-    right, ties = (differences > 0).astype(float), (differences == 0).astype(float)
-    mean, low, high = bootstrap(right.mean(0), groups)
-    return {"accuracy": mean, "low": low, "high": high, "ties": float(ties.mean()), "ties_half": float((right + ties / 2).mean()),
-            "n": len(groups), "groups": len(np.unique(groups)), "seeds": right.mean(1).tolist()}
+    right = (differences > 0).astype(float)
+    mean, low, high = bootstrap(right, groups)
+    return {"accuracy": mean, "low": low, "high": high, "ties": float((differences == 0).mean()),
+            "ties_half": float(points(differences).mean()), "n": len(groups), "groups": len(np.unique(groups)),
+            "seeds": right.mean(1).tolist()}
+
+
+def gap(ours, theirs, groups):
+    """SparseRM minus a control, pair by pair, ties as half → {mean, low, high}."""
+    return dict(zip(("mean", "low", "high"), bootstrap(points(ours).mean(0) - points(theirs), groups)))
 
 
 def calibration(differences, temperature, pairs_a_bin=50):
@@ -108,9 +129,10 @@ class Data:
         if not (self.split == TEST).any():
             raise stage1.UserError(f"no pair is in the test split · {run} · more pairs, or another --split in 01")
         self.pairs = [json.loads(line) for line in (run / "pairs.jsonl").open(encoding="utf-8")]
-        self.sae = load_sae(sae_path or self.meta["sae"])
-        if stage2.sae_hash(sae_path or self.meta["sae"], self.sae) != self.meta["parent"]["sae"]:
-            raise stage1.UserError(f"not the SAE that features.safetensors was made with · {sae_path or self.meta['sae']} · run 02 again")
+        place = sae_path or self.meta["sae"]
+        self.sae = load_sae(place, getattr(torch, self.meta["sae_dtype"]), k=self.meta["k_sae"])
+        if stage1.file_hash(self.sae.info["weights"]) != self.meta["parent"]["sae"]:
+            raise stage1.UserError(f"not the SAE that features.safetensors was made with · {place} · run 02 again, or pass --sae")
 
 
 def read_columns(chunks):
@@ -126,17 +148,16 @@ def standardise(chosen, rejected, split):
     return (chosen - mean) / std, (rejected - mean) / std
 
 
-def differences(heads, columns, chosen, rejected, split):
-    """r_chosen - r_rejected of the test pairs for each head → [heads, n_test]."""
-    c, r = chosen[split == TEST][:, columns], rejected[split == TEST][:, columns]
-    return np.stack([(stage3.apply_head(h, c) - stage3.apply_head(h, r)).numpy() for h in heads])
+def fit_and_test(chosen, rejected, split, options, settings, seeds=(0,), scale=True):
+    """Search on dev, read test, as stage 3 does for SparseRM → (name of the chosen option, r_chosen - r_rejected [n_test]).
 
-
-def fit_and_test(chosen, rejected, split, options, seeds, settings):
-    """Standardise, search on dev, read test → (name of the chosen option, r_chosen - r_rejected [seeds, n_test])."""
-    chosen, rejected = standardise(chosen, rejected, split)
-    name, heads, _, _ = stage3.fit_best(chosen, rejected, split, options, seeds, **settings)
-    return name, differences(heads, options[name]["columns"], chosen, rejected, split)
+    scale: standardise on train first. seeds: heads to train, of which the one with the lowest dev loss is kept.
+    """
+    if scale:
+        chosen, rejected = standardise(chosen, rejected, split)
+    name, heads, losses, _ = stage3.fit_best(chosen, rejected, split, options, seeds, **settings)
+    head, columns, test = heads[int(np.argmin(losses))], options[name]["columns"], split == TEST
+    return name, (stage3.apply_head(head, chosen[test][:, columns]) - stage3.apply_head(head, rejected[test][:, columns])).numpy()
 
 
 # ---------------------------------------------------------------- the controls
@@ -190,91 +211,93 @@ def shuffled_sides(z, split, seed):
     return [torch.where(swap[:, None], b, a) for a, b in (z, z[::-1])]
 
 
-def method_from_scratch(data, z, split, seeds, k_total, options, settings):
+def directions_of(data, name, count, seed):
+    """The directions of a control, [count, d]: Gaussian ones, or decoder rows of random living latents."""
+    if name == "random_directions":
+        return gaussian_directions(count, data.z[0].shape[1], seed)
+    frequency = data.features["frequency_chosen"] + data.features["frequency_rejected"]
+    return data.sae.W_dec[random_latents(frequency, count, seed)]
+
+
+def method_from_scratch(data, z, split, k_total, options, settings, seeds=(0,)):
     """Selection, projection, head on the given sides and split (for shuffled labels and for fewer pairs)."""
-    chunk = {"chosen": z[0], "rejected": z[1], "split": split}
-    latents = stage2.select_latents(*stage2.firing_frequencies(data.sae, [chunk])[:2], k_total)
+    latents = select_on(data, z, split, k_total)
     total = len(latents) // 2
-    options = {k: o for k, o in stage3.k_options(total).items() if k in options} or stage3.k_options(total, total)
-    scores = [stage2.alignment_scores(side, data.sae.W_dec[latents]) for side in z]
-    return fit_and_test(*scores, split, options, seeds, settings)
+    options = {k: stage3.k_options(total, k)[k] for k in options if k <= total} or stage3.k_options(total, total)
+    return fit_and_test(*(stage2.alignment_scores(side, data.sae.W_dec[latents]) for side in z), split, options, settings, seeds)
+
+
+def select_on(data, z, split, k):
+    """Stage 2's selection on the train pairs of another split or labelling → latents."""
+    return stage2.select_latents(*stage2.firing_frequencies(data.sae, [{"chosen": z[0], "rejected": z[1], "split": split}])[:2], k)
 
 
 def controls(data, seeds):
-    """All controls → {name: (chosen option, r_chosen - r_rejected [seeds, n_test])}."""
-    f, split, settings = data.features, data.split, data.head_meta["settings"]
-    total, width = data.meta["k"], data.z[0].shape[1]
-    options = stage3.k_options(total, "auto" if data.head_meta["k_curve"] else data.head_meta["k"])
-    decays = {d: {"columns": slice(None), "weight_decay": d, "kind": "linear"} for d in DECAYS}
-    frequency = f["frequency_chosen"] + f["frequency_rejected"]
-
-    def project_all(make):
-        fits = [fit_and_test(*score_pairs(data, make(s)), split, options, [0], settings) for s in seeds]
-        return [name for name, _ in fits], np.concatenate([d for _, d in fits])
+    """All controls → {name: (chosen option, r_chosen - r_rejected [seeds, n_test])}. The heads get what SparseRM's got."""
+    f, split, settings, total = data.features, data.split, data.head_meta["settings"], data.meta["k"]
+    options = stage3.k_options(total, data.head_meta["asked"]["k"])
+    trials = range(data.head_meta["asked"]["seeds"])
     texts = [[p[side] for p in data.pairs] for side in ("chosen", "rejected")]
-    longer = [torch.from_numpy(t).float()[:, None] for t in data.tokens]
-    sign = torch.sign((longer[0] - longer[1])[split == TRAIN].sign().sum())
+    longer = torch.from_numpy(data.tokens[0] - data.tokens[1]).float()
+    sign = torch.sign(longer[split == TRAIN].sign().sum())
+
+    def several(fit):
+        fits = [fit(seed) for seed in seeds]
+        return [name for name, _ in fits], np.stack([d for _, d in fits])
+
+    def random_basis(name):
+        scores = lambda seed: score_pairs(data, directions_of(data, name, 2 * total, seed))
+        return several(lambda seed: fit_and_test(*scores(seed), split, options, settings, trials))
+
+    def one(name, difference):
+        return name, difference[None]
     jobs = {
-        "dense": lambda: fit_and_test(*data.z, split, decays, [0], settings),
-        "random_directions": lambda: project_all(lambda s: gaussian_directions(2 * total, width, s)),
-        "random_latents": lambda: project_all(lambda s: data.sae.W_dec[random_latents(frequency, 2 * total, s)]),
-        "activations": lambda: fit_and_test(*activation_pairs(data, f["latents"]), split, options, [0], settings),
-        "words": lambda: fit_and_test(*word_features(texts, split), split, decays, [0], settings),
-        "length": lambda: (float(sign), ((longer[0] - longer[1]) * sign)[split == TEST].T.numpy()),
-        "shuffled_labels": lambda: shuffled(data, seeds, total, options, settings),
+        "dense": lambda: one(*fit_and_test(*data.z, split, DENSE, settings, trials)),
+        "random_directions": lambda: random_basis("random_directions"),
+        "random_latents": lambda: random_basis("random_latents"),
+        "activations": lambda: one(*fit_and_test(*activation_pairs(data, f["latents"]), split, options, settings, trials)),
+        "words": lambda: one(*fit_and_test(*word_features(texts, split), split, DENSE, {**settings, "kind": "linear"}, scale=False)),
+        "length": lambda: one(float(sign), (longer * sign)[split == TEST].numpy()),
+        "shuffled_labels": lambda: several(lambda s: method_from_scratch(data, shuffled_sides(data.z, split, s), split, total, options,
+                                                                         settings, trials)),
     }
     return {name: job() for name, job in tqdm(jobs.items(), desc="controls", unit="control", disable=None)}
-
-
-def shuffled(data, seeds, total, options, settings):
-    """The whole method on shuffled labels, once for each seed."""
-    fits = [method_from_scratch(data, shuffled_sides(data.z, data.split, s), data.split, [0], total, options, settings) for s in seeds]
-    return [name for name, _ in fits], np.concatenate([d for _, d in fits])
 
 
 # ---------------------------------------------------------------- curves
 
 def k_curve(data, seeds):
     """Accuracy on test with K fixed: SparseRM and the controls that have a K, K = 1, 2, 4 … → {name: {K: summary}}."""
-    f, split, settings, total = data.features, data.split, data.head_meta["settings"], data.meta["k"]
+    split, settings, total = data.split, data.head_meta["settings"], data.meta["k"]
     groups = data.group[(split == TEST).numpy()]
-    frequency, width = f["frequency_chosen"] + f["frequency_rejected"], data.z[0].shape[1]
-    sources = {"sparserm": [f["directions"]], "random_directions": [gaussian_directions(2 * total, width, s) for s in seeds],
-               "random_latents": [data.sae.W_dec[random_latents(frequency, 2 * total, s)] for s in seeds]}
-    scores = {name: [score_pairs(data, d) for d in many] for name, many in sources.items()}
-    scores["activations"] = [activation_pairs(data, f["latents"])]
+    scores = {"sparserm": [score_pairs(data, data.features["directions"])],
+              "activations": [activation_pairs(data, data.features["latents"])]}
+    for name in ("random_directions", "random_latents"):
+        scores[name] = [score_pairs(data, directions_of(data, name, 2 * total, seed)) for seed in seeds]
     options, curve = stage3.k_options(total), {name: {} for name in scores}
     for k in tqdm(options, desc="K curve", unit="K", disable=None):
-        found = {name: np.concatenate([fit_and_test(*both, split, {k: options[k]}, [0], settings)[1] for both in many])
+        found = {name: np.stack([fit_and_test(*both, split, {k: options[k]}, settings)[1] for both in many])
                  for name, many in scores.items()}
         for name, d in found.items():
-            curve[name][str(k)] = summary(d, groups)
-            if name != "sparserm":
-                gap = bootstrap((found["sparserm"] > 0).mean(0) - (d > 0).mean(0), groups)
-                curve[name][str(k)]["behind"] = dict(zip(("mean", "low", "high"), gap))
+            curve[name][str(k)] = summary(d, groups) | ({"behind": gap(found["sparserm"], d, groups)} if name != "sparserm" else {})
     return curve
 
 
 def pairs_curve(data, seeds, sizes=(50, 100, 200, 500, 1000)):
     """Accuracy on test with fewer train pairs, selection redone on them → {name: {number: summary}}."""
-    split, settings = data.split, data.head_meta["settings"]
+    split, settings, k = data.split, data.head_meta["settings"], data.head_meta["k"]
     groups, train = data.group[(split == TEST).numpy()], (split == TRAIN).nonzero().flatten()
     order = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))]
-    k, width = data.head_meta["k"], data.z[0].shape[1]
-    options, curve = {k: None}, {name: {} for name in ("sparserm", "dense", "random_directions", "random_latents", "activations")}
-    frequency = data.features["frequency_chosen"] + data.features["frequency_rejected"]
-    fixed = {k: {"columns": slice(None)}}
+    curve = {name: {} for name in ("sparserm", "dense", "random_directions", "random_latents", "activations")}
     for n in tqdm([*(s for s in sizes if s < len(train)), len(train)], desc="pairs curve", unit="size", disable=None):
         part = split.clone()
         part[order[n:]] = 3                     # neither train, dev nor test
-        found = {"sparserm": method_from_scratch(data, data.z, part, [0], k, options, settings)[1],
-                 "dense": fit_and_test(*data.z, part, {d: {"columns": slice(None), "weight_decay": d} for d in DECAYS}, [0], settings)[1]}
-        chunk = {"chosen": data.z[0], "rejected": data.z[1], "split": part}
-        latents = stage2.select_latents(*stage2.firing_frequencies(data.sae, [chunk])[:2], k)
-        found["activations"] = fit_and_test(*activation_pairs(data, latents), part, fixed, [0], settings)[1]
-        for name, make in (("random_directions", lambda s: gaussian_directions(2 * k, width, s)),
-                           ("random_latents", lambda s: data.sae.W_dec[random_latents(frequency, 2 * k, s)])):
-            found[name] = np.concatenate([fit_and_test(*score_pairs(data, make(s)), part, fixed, [0], settings)[1] for s in seeds])
+        fit = lambda both, part=part: fit_and_test(*both, part, {k: {"columns": slice(None)}}, settings)[1]
+        found = {"sparserm": method_from_scratch(data, data.z, part, k, {k}, settings)[1][None],
+                 "dense": fit_and_test(*data.z, part, DENSE, settings)[1][None],
+                 "activations": fit(activation_pairs(data, select_on(data, data.z, part, k)))[None],
+                 **{name: np.stack([fit(score_pairs(data, directions_of(data, name, 2 * k, s))) for s in seeds])
+                    for name in ("random_directions", "random_latents")}}
         for name, d in found.items():
             curve[name][str(n)] = summary(d, groups)
     return curve
@@ -290,13 +313,16 @@ def head_rewards(data, z):
 def other_set(data, name, run):
     """The same head on the test pairs of another run (another data set, same backbone, layer and token rule)."""
     paths, meta = stage2.shard_files(run, data.meta["layer"])
-    for key in ("model", "template", "layer", "token"):
+    for key in ("model", "files", "template", "layer", "token", "max_length"):
         if meta[key] != data.meta[key]:
             raise stage1.UserError(f"{key} {meta[key]} there, {data.meta[key]} here · --other {name}={run} · "
                                    f"extract it with the same {key}")
     chunks = list(stage2.read_chunks(paths))
     split, group, _ = read_columns(chunks)
-    test = split == TEST
+    seen = np.isin(group, data.group[(data.split != TEST).numpy()])         # questions that this head was trained on
+    test = (split == TEST) & ~torch.from_numpy(seen)
+    if not test.any():
+        raise stage1.UserError(f"no test pair that this head has not seen · --other {name}={run} · another data set")
     rewards = [head_rewards(data, torch.cat([c[side] for c in chunks])[test].float()) for side in ("chosen", "rejected")]
     return summary((rewards[0] - rewards[1])[None], group[test.numpy()])
 
@@ -311,24 +337,24 @@ def evaluate(data, args):
         result = call()
         times[name] = round(time.perf_counter() - started, 2)
         return result
+    others = {name: other_set(data, name, run) for name, run in args.other}        # first: what is refused costs no time
     reward = [head_rewards(data, z[test]) for z in data.z]
     found = {"sparserm": (data.head_meta["k"], (reward[0] - reward[1])[None]), **timed("controls", lambda: controls(data, seeds))}
     result = {"accuracy": {name: {**summary(d, groups), "choice": choice} for name, (choice, d) in found.items()}, "differences": {}}
     for name, (_, d) in found.items():
         if name != "sparserm":
-            gap = bootstrap((found["sparserm"][1] > 0).mean(0) - (d > 0).mean(0), groups)
-            result["differences"][name] = dict(zip(("mean", "low", "high"), gap))
+            result["differences"][name] = gap(found["sparserm"][1], d, groups)
     result["calibration"] = calibration(reward[0] - reward[1], float(data.head["temperature"]))
     result["length"] = length_figures(*reward, *(t[test.numpy()] for t in data.tokens))
     result["curves"] = {}
     if args.sweeps != "none":
-        result["curves"]["k"] = timed("k curve", lambda: k_curve(data, seeds if args.sweeps == "full" else seeds[:3]))
+        result["curves"]["k"] = timed("k curve", lambda: k_curve(data, seeds))
     if args.sweeps == "full":
         result["curves"]["pairs"] = timed("pairs curve", lambda: pairs_curve(data, seeds))
     trained = sum(data.head[n].numel() for n in ("w1", "b1", "w2", "b2") if n in data.head)
     backbone = data.meta["parameters"]
     result["cost"] = {"trained_parameters": trained, "backbone_parameters": backbone, "share": trained / backbone}
-    result["other"] = {name: other_set(data, name, run) for name, run in args.other}
+    result["other"] = others
     result["sae"] = {**data.meta["health"], "warnings": data.meta["warnings"]}
     result["run"] = {n: data.meta[n] for n in ("model", "layer", "token", "sae")} | {
         "k": data.head_meta["k"], "settings": data.head_meta["settings"],
@@ -346,6 +372,8 @@ def parse_args():
     p.add_argument("--seeds", type=int, default=5, help="draws of random directions, latents and labels (default 5)")
     p.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = p.parse_args()
+    if args.seeds < 1:
+        raise stage1.UserError(f"at least one draw is needed · --seeds {args.seeds} · pass a number from 1")
     for text in args.other:
         if "=" not in text:
             raise stage1.UserError(f"--other needs NAME=DIR · {text} · e.g. --other safe=runs/demo-safe")
@@ -355,22 +383,22 @@ def parse_args():
 
 def main():
     args = parse_args()
-    out, parent = Path(args.run) / "evaluation.json", parents(args)
+    data = Data(args.run, args.sae)
+    out, parent = Path(args.run) / "evaluation.json", parents(args, data)
     found = json.loads(out.read_text("utf-8")) if out.exists() else {}
     if found.get("parent") != parent:
-        result, times = evaluate(Data(args.run, args.sae), args)
+        result, times = evaluate(data, args)
         found = json.loads(json.dumps({**result, "parent": parent}), parse_float=lambda x: round(float(x), 9))
         stage1.write_text(out, json.dumps(found, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
         stage1.write_text(Path(args.run) / "timings.json", json.dumps(times, indent=1) + "\n")
     report(args, found)
 
 
-def parents(args):
+def parents(args, data):
     """What an evaluation depends on: the head (its lineage leads to all the rest), other runs, the settings."""
-    head = Path(args.run) / "reward_head.safetensors"
-    stage1.read_meta(head, "03_train_head.py")
-    others = {name: [stage1.file_hash(p) for p in stage2.shard_files(run)[0]] for name, run in args.other}
-    return {"head": stage1.file_hash(head), "other": others, "sweeps": args.sweeps, "seeds": args.seeds}
+    others = {name: [stage1.file_hash(p) for p in stage2.shard_files(run, data.meta["layer"])[0]] for name, run in args.other}
+    head = stage1.file_hash(Path(args.run) / "reward_head.safetensors")
+    return {"head": head, "other": others, "sweeps": args.sweeps, "seeds": args.seeds}
 
 
 def report(args, result):
@@ -380,10 +408,10 @@ def report(args, result):
           f"\n  {'sparserm':<18} {a['sparserm']['accuracy']:.3f}  [{a['sparserm']['low']:.3f}, {a['sparserm']['high']:.3f}]   "
           f"K = {a['sparserm']['choice']} a side")
     for name in sorted(d, key=lambda n: -a[n]["accuracy"]):
-        row, gap = a[name], d[name]
+        row, ahead = a[name], d[name]
         print(f"  {name:<18} {row['accuracy']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]   "
-              f"{gap['mean']:+.3f}  [{gap['low']:+.3f}, {gap['high']:+.3f}]"
-              + (f"   ties {row['ties']:.1%}" if row["ties"] > 0.005 else ""))
+              f"{ahead['mean']:+.3f}  [{ahead['low']:+.3f}, {ahead['high']:+.3f}]"
+              + (f"   ties {row['ties']:.1%}, as half {row['ties_half']:.3f}" if row["ties"] > 0.005 else ""))
     if "k" in result["curves"]:
         curve = result["curves"]["k"]
         ks = sorted(curve["sparserm"], key=int)

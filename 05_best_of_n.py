@@ -100,7 +100,7 @@ def best_of_curve(scores, values):
     for s, v in zip(scores, values):
         shared.setdefault(s, []).append(v)
     ordered = [sum(shared[s]) / len(shared[s]) for s in sorted(scores)]
-    return {m: sum(math.comb(i, m - 1) * v for i, v in enumerate(ordered)) / math.comb(n, m) for m in sizes(n)}
+    return {m: sum(math.comb(i, m - 1) / math.comb(n, m) * v for i, v in enumerate(ordered)) for m in sizes(n)}
 
 
 def sizes(n):
@@ -130,12 +130,19 @@ def curve_of(rows):
 
 # ---------------------------------------------------------------- files
 
+def is_prompt(value):
+    """Is it a text, or messages with role and content?"""
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in value)
+    return isinstance(value, str) and bool(value.strip())
+
+
 def read_prompts(path):
     """Prompts of a JSONL file, each once, in order."""
     found = {}
     for where, row in stage1.read_rows(path):
         prompt = row.get("prompt") if isinstance(row, dict) else None
-        if not (isinstance(prompt, str) and prompt.strip()) and not (isinstance(prompt, list) and prompt):
+        if not is_prompt(prompt):
             raise UserError(f"no prompt in this row · {where} · rows need a prompt (text or messages)")
         found.setdefault(json.dumps(prompt), prompt)
     if not found:
@@ -147,7 +154,7 @@ def read_candidates(path):
     """Rows {prompt, candidates[, labels]} or {prompt, response[, id]} (grouped by prompt) → list of the former."""
     rows, grouped = [], {}
     for where, row in stage1.read_rows(path):
-        if not isinstance(row, dict) or "prompt" not in row or not {"candidates", "response"} & set(row):
+        if not isinstance(row, dict) or not is_prompt(row.get("prompt")) or not {"candidates", "response"} & set(row):
             raise UserError(f"not a row of candidates · {where} · needs prompt and candidates, or prompt and response")
         if "response" in row:
             new = {"prompt": row["prompt"], "candidates": [], "ids": []}
@@ -159,10 +166,12 @@ def read_candidates(path):
             row = group
         else:
             rows.append(dict(row))
-        if not row["candidates"] or not all(isinstance(c, str) for c in row["candidates"]):
+        texts, labels = row["candidates"], row.get("labels")
+        if not isinstance(texts, list) or not texts or not all(isinstance(c, str) for c in texts):
             raise UserError(f"candidates must be a list of texts, at least one · {where} · mend this row")
-        if "labels" in row and len(row["labels"]) != len(row["candidates"]):
-            raise UserError(f"{len(row['candidates'])} candidates, {len(row['labels'])} labels · {where} · mend this row")
+        if "labels" in row and not (isinstance(labels, list) and len(labels) == len(texts)
+                                    and all(isinstance(x, (int, float)) for x in labels)):
+            raise UserError(f"labels must be numbers, one for each of the {len(texts)} candidates · {where} · mend this row")
     if not rows:
         raise UserError(f"no candidates · {path} · rows need prompt and candidates, or prompt and response")
     return rows
@@ -178,12 +187,13 @@ def sample(args):
     """Sample n candidates a prompt and score them; goes on where an earlier, interrupted call stopped."""
     prompts = read_prompts(args.prompts)[:args.limit]
     reward_meta = stage1.read_meta(args.reward, "03_train_head.py")
-    policy_name = args.policy or reward_meta["model"]
+    backbone_name = args.model or reward_meta["model"]
+    policy_name = args.policy or backbone_name
     settings = {n: getattr(args, n) for n in ("n", "temperature", "top_p", "max_new_tokens", "seed")}
     out = Path(args.out or Path(args.reward).parent / "candidates.jsonl")
     done = {}
     for file in (out, out.with_suffix(".jsonl.part")):
-        for line in file.read_text("utf-8").splitlines() if file.exists() else []:
+        for line in file.read_bytes().split(b"\n") if file.exists() else []:
             try:
                 row = json.loads(line)
             except ValueError:                  # the line a kill cut short
@@ -194,7 +204,7 @@ def sample(args):
     rows = [done.get(json.dumps(p)) for p in prompts]
     if None in rows:
         policy = stage1.load_backbone(policy_name, dtype=args.dtype, device=args.device)
-        reward = stage3.RewardModel.load(args.reward, model=policy if policy_name == reward_meta["model"] else None, device=args.device)
+        reward = stage3.RewardModel.load(args.reward, model=policy if policy_name == backbone_name else args.model, device=args.device)
         out.parent.mkdir(parents=True, exist_ok=True)
         with open(out.with_suffix(".jsonl.part"), "w", encoding="utf-8") as part, tqdm(unit="tok", desc="sample", disable=None) as bar:
             for n, prompt in enumerate(prompts):
@@ -247,8 +257,10 @@ def pairs(args):
         raise UserError("either candidates or pairs are needed · pairs · pass --candidates FILE or --filter FILE")
     kept, dropped = [], []
     reward = stage3.RewardModel.load(args.reward, model=args.model, device=args.device)
-    source = existing_pairs(args.filter, args.label) if args.filter else best_and_worst(read_candidates(args.candidates), reward)
-    rows = list(source)
+    rows = list(existing_pairs(args.filter, reward, args.label) if args.filter else
+                best_and_worst(read_candidates(args.candidates), reward, stage1.file_hash(args.reward)))
+    if not rows:
+        raise UserError(f"no pairs · {args.filter} · rows need {stage1.ACCEPTED}")
     usable = [r for r in rows if "reason" not in r]
     scores = [reward.score([r["prompt"] for r in usable], [r[side] for r in usable]) for side in ("chosen", "rejected")]
     for row, chosen, rejected in zip(usable, *scores):
@@ -269,25 +281,25 @@ def pairs(args):
           f"\n\nnext: datasets.load_dataset('json', data_files='{out}') → trl.DPOTrainer")
 
 
-def existing_pairs(path, label=None):
+def existing_pairs(path, reward, label=None):
     """Pairs of any accepted layout → rows {id, prompt, chosen, rejected}, with a reason where one cannot be used."""
     for where, raw in stage1.read_rows(path):
-        found = stage1.pairs_of_row(raw, label)
-        if isinstance(found, str):
-            yield {"id": raw.get("id", where), "reason": found}
-            continue
-        for prompt, chosen, rejected in found:
-            yield {"id": raw.get("id", where.rpartition(":")[2]), "prompt": prompt, "chosen": chosen, "rejected": rejected}
+        found, reasons = stage1.usable_pairs(reward.backbone.tokenizer, raw, label, reward.meta["max_length"])
+        name = raw.get("id") if isinstance(raw, dict) else None
+        name = where.rpartition(":")[2] if name is None else name
+        yield from ({"id": name, "reason": reason, "row": raw} for reason in reasons)
+        yield from ({"id": name, "prompt": p, "chosen": c, "rejected": r} for p, c, r in found)
 
 
-def best_and_worst(rows, reward):
-    """Candidates → rows {id, prompt, chosen = the best scored, rejected = the worst}."""
+def best_and_worst(rows, reward, head):
+    """Candidates → rows {id, prompt, chosen = the best scored, rejected = the worst}. Scores of this head are not computed again."""
     for n, row in enumerate(rows):
         texts = list(dict.fromkeys(row["candidates"]))
         if len(texts) < 2:
             yield {"id": str(n), "prompt": row["prompt"], "reason": "fewer than two different candidates"}
             continue
-        scores = row.get("scores") or reward.score([row["prompt"]] * len(row["candidates"]), row["candidates"])
+        scores = row.get("scores") if row.get("reward") == head else None
+        scores = scores or reward.score([row["prompt"]] * len(row["candidates"]), row["candidates"])
         scores = dict(zip(row["candidates"], scores))
         yield {"id": str(n), "prompt": row["prompt"], "chosen": max(texts, key=scores.get), "rejected": min(texts, key=scores.get)}
 
@@ -320,9 +332,10 @@ def parse_args():
     q.add_argument("--label", choices=("safer", "better"), help="for --filter on PKU-SafeRLHF")
     q.add_argument("--plain", action="store_true", help="strings instead of messages (TRL then applies no chat template)")
     args = p.parse_args()
-    if args.command == "sample" and (args.n < 1 or args.max_new_tokens < 1 or args.temperature < 0 or not 0 < args.top_p <= 1):
+    if args.command == "sample" and (min(args.n, args.max_new_tokens, 1 if args.limit is None else args.limit) < 1
+                                     or not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1):
         raise UserError(f"out of range · --n {args.n} --max-new-tokens {args.max_new_tokens} --temperature {args.temperature} "
-                        f"--top-p {args.top_p} · counts from 1, temperature from 0, top-p above 0 and at most 1")
+                        f"--top-p {args.top_p} --limit {args.limit} · counts from 1, temperature from 0, top-p above 0 and at most 1")
     return args
 
 

@@ -143,7 +143,7 @@ def load_sae(path, dtype=torch.float32, device="cpu", k=None, revision=None):
         raise SAEError(f"the configuration or a tensor is malformed ({error}) · {weights} ({layout}) · fetch the file again") from None
     check_shapes(sae, weights)
     sae.info.setdefault("layout", layout)
-    sae.info.update(path=str(path), file=weights.name)
+    sae.info.update(file=weights.name, weights=str(weights))
     for name in NAMES:
         if getattr(sae, name) is not None:
             setattr(sae, name, getattr(sae, name).to(device=device, dtype=dtype))
@@ -523,7 +523,8 @@ def activations(backbone, texts, layer, max_length, cuts=0, rng=None, repeats=Fa
         every = np.concatenate([path[1:] for _, path in members])
         every = every if repeats else np.unique(every)
         ends = np.array([path[-1] for i, path in members if scored[i]], dtype=int)
-        yield hidden[torch.from_numpy(every)].float(), hidden[torch.from_numpy(ends)].float()
+        hidden = hidden.float().cpu()
+        yield hidden[torch.from_numpy(every)], hidden[torch.from_numpy(ends)]
 
 
 def sample_activations(backbone, texts, layer, max_length=512):
@@ -666,7 +667,7 @@ def save_checkpoint(state, args):
 
 def training_key(args):
     """The settings a checkpoint must share with the command that goes on from it."""
-    names = ("model", "layer", "texts", "width", "k", "end_share", "cuts", "tokens", "batch", "lr", "seed")
+    names = ("model", "layer", "texts", "width", "k", "end_share", "cuts", "tokens", "batch", "lr", "seed", "max_length", "dead_after")
     return json.dumps({n: getattr(args, n) for n in names}, sort_keys=True)
 
 
@@ -701,13 +702,14 @@ def warnings_of(sae, every=None, ended=None):
     families = re.search(r"(?i)llama-?3|gemma|qwen", model) and not re.search(r"(?i)it\b|instruct|chat", model)
     if re.search(r"(?i)base\b", model) or families:
         found.append(f"trained on {model}, by its name a base model: on an instruct model look at the explained variance")
+    seen = every or ended
     if every and every["explained_variance"] < 0.3:
         found.append(f"explained variance {every['explained_variance']:.2f} over all tokens: the layer is off by one, the scale is wrong, "
                      "or the SAE belongs to another model")
     stated = sae.k or sae.info.get("l0")
-    if every and stated and every["l0"] > 2 * float(stated):
-        found.append(f"L0 {every['l0']:.0f}, stated {float(stated):.0f}: a wrong scale or threshold, or BOS missing")
-    if ended and ended["explained_variance"] < 0.2 <= (every or ended)["explained_variance"]:
+    if seen and stated and seen["l0"] > 2 * float(stated):
+        found.append(f"L0 {seen['l0']:.0f}, stated {float(stated):.0f}: a wrong scale or threshold, or BOS missing")
+    if ended and ended["explained_variance"] < 0.2 and (not every or every["explained_variance"] >= 0.3):
         found.append(f"explained variance {ended['explained_variance']:.2f} at the scored token: the SAE has hardly seen a chat template; "
                      "try --token content")
     return found

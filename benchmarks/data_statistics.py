@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-stage1, stage3, stage4 = (importlib.import_module(n) for n in ("01_extract", "03_train_head", "04_evaluate"))
+stage1, stage4 = (importlib.import_module(n) for n in ("01_extract", "04_evaluate"))
 NEGATION = re.compile(r"\b(no|not|never|cannot|none|nothing|\w+n't)\b", re.IGNORECASE)
 
 
@@ -30,11 +30,9 @@ def words_control(rows, folds=5):
     place = torch.tensor([stage1.hash_number("fold:" + stage1.plain_text(r["prompt"])) % (folds * 9) for r in rows])
     for fold in range(folds):
         split = torch.where(place % folds == fold, 2, torch.where(place // folds == fold, 1, 0))
-        chosen, rejected = stage4.standardise(*stage4.word_features(texts, split), split)
-        options = {d: {"columns": slice(None), "weight_decay": d} for d in stage4.DECAYS}
-        _, heads, _, _ = stage3.fit_best(chosen, rejected, split, options, [0])
-        difference = torch.from_numpy(stage4.differences(heads, slice(None), chosen, rejected, split))
-        right += float(((difference > 0).double() + (difference == 0).double() / 2).sum())
+        features = stage4.word_features(texts, split)
+        _, difference = stage4.fit_and_test(*features, split, stage4.DENSE, {}, scale=False)
+        right += float(stage4.points(difference).sum())
     return right / len(rows)
 
 

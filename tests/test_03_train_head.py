@@ -80,7 +80,7 @@ def loss_on(w, chosen, rejected, split, which):
 
 def test_training_returns_the_weights_of_the_best_epoch_on_dev():
     scores = noisy_scores()
-    head, on_dev = stage3.fit_head(*scores, lr=0.05, epochs=120, patience=120)
+    head, on_dev = stage3.fit_head(*scores, lr=0.05, weight_decay=0.01, epochs=120, patience=120)
     states = plain_descent(*scores, 120)
     losses = [loss_on(w, *scores, DEV) for w in states]
     best = min(range(len(losses)), key=losses.__getitem__)
@@ -98,13 +98,13 @@ def test_it_stops_when_dev_has_not_improved_for_as_many_epochs_as_patience_says(
         looked.append(torch.is_grad_enabled())
         return real(chosen, rejected)
     monkeypatch.setattr(stage3, "bradley_terry_loss", loss)
-    stage3.fit_head(*scores, lr=0.05, epochs=120, patience=7)
+    stage3.fit_head(*scores, lr=0.05, weight_decay=0.01, epochs=120, patience=7)
     assert abs(sum(not grad for grad in looked) - (best + 1 + 7)) <= 1
 
 
 def test_a_single_epoch_already_trains():
     scores = noisy_scores()
-    head, on_dev = stage3.fit_head(*scores, lr=0.05, epochs=1)
+    head, on_dev = stage3.fit_head(*scores, lr=0.05, weight_decay=0.01, epochs=1)
     assert head["w1"].abs().sum() > 0 and on_dev < math.log(2)
 
 
@@ -130,10 +130,10 @@ def test_dev_pairs_only_choose_among_the_epochs_of_one_and_the_same_training():
     dev = (split == DEV)[:, None]
     like_train = chosen.clone()
     like_train[split == DEV] = rejected[split == DEV] + (chosen - rejected)[split == TRAIN].repeat(2, 1)    # keeps falling
-    walk = [stage3.fit_head(like_train, rejected, split, lr=0.05, epochs=n, patience=99)[0]["w1"] for n in range(1, 40)]
+    walk = [stage3.fit_head(like_train, rejected, split, lr=0.05, weight_decay=0.01, epochs=n, patience=99)[0]["w1"] for n in range(1, 40)]
     for change in (0.2, -0.3, 3.0):
         moved = torch.where(dev, chosen + change * draw(*chosen.shape, seed=5), chosen)
-        head, _ = stage3.fit_head(moved, rejected, split, lr=0.05, epochs=38, patience=99)
+        head, _ = stage3.fit_head(moved, rejected, split, lr=0.05, weight_decay=0.01, epochs=38, patience=99)
         assert any(torch.equal(head["w1"], w) for w in [torch.zeros(10), *walk])
 
 

@@ -22,14 +22,16 @@ TRAIN, DEV, TEST = range(3)
 CONTROLS = {"dense", "random_directions", "random_latents", "activations", "words", "length", "shuffled_labels"}
 
 
-def test_the_bootstrap_is_a_plain_loop_that_draws_whole_groups():
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_the_bootstrap_is_a_plain_loop_that_draws_whole_groups_and_seeds(seeds):
     rng, means = np.random.default_rng(1), []
-    groups, values = rng.integers(12, size=40) * 1000 + 7, rng.random(40)
-    names = sorted(set(groups.tolist()))
-    for drawn in np.random.default_rng(3).integers(len(names), size=(200, len(names))):
-        means.append(statistics.mean([v for g in drawn for v, of in zip(values, groups) if of == names[g]]))
+    groups, values = rng.integers(12, size=40) * 1000 + 7, rng.random((seeds, 40))
+    names, rng = sorted(set(groups.tolist())), np.random.default_rng(3)
+    for _ in range(200):
+        drawn, rows = rng.integers(len(names), size=len(names)), rng.integers(seeds, size=seeds)
+        means.append(statistics.mean([v for s in rows for g in drawn for v, of in zip(values[s], groups) if of == names[g]]))
     low, *_, high = statistics.quantiles(means, n=40, method="inclusive")        # 1/40 is 2.5 %
-    assert stage4.bootstrap(values, groups, draws=200, seed=3) == pytest.approx((sum(values) / 40, low, high))
+    assert stage4.bootstrap(values, groups, draws=200, seed=3) == pytest.approx((values.mean(), low, high))
 
 
 def test_the_interval_of_an_accuracy_is_close_to_the_one_of_the_normal_law():
@@ -40,9 +42,8 @@ def test_the_interval_of_an_accuracy_is_close_to_the_one_of_the_normal_law():
 
 def test_ten_copies_of_a_row_in_one_group_tell_no_more_than_one():
     right = (np.random.default_rng(0).random(50) < 0.7).astype(float)
-    once, copied = stage4.bootstrap(right, np.arange(50)), stage4.bootstrap(np.repeat(right, 10), np.repeat(np.arange(50), 10))
-    as_rows = stage4.bootstrap(np.repeat(right, 10), np.arange(500))
-    assert copied == pytest.approx(once)
+    copied, as_rows = (stage4.bootstrap(np.repeat(right, 10), g) for g in (np.repeat(np.arange(50), 10), np.arange(500)))
+    assert copied == pytest.approx(stage4.bootstrap(right, np.arange(50)))
     assert copied[2] - copied[1] > 2.5 * (as_rows[2] - as_rows[1])       # sqrt(10) times as wide
 
 
@@ -63,7 +64,9 @@ def before(finished):
     return evaluated(finished)
 
 
-def test_differences_are_taken_pair_by_pair(finished, monkeypatch):
+def test_differences_are_taken_pair_by_pair_and_a_tie_is_a_half(finished, monkeypatch):
+    found = stage4.gap(np.array([[2.0, 1.0, -1.0, 0.0]]), np.array([[0.0, 1.0, 0.0, -1.0]]), np.arange(4))
+    assert found["mean"] == (0.5 + 0 - 0.5 + 0.5) / 4
     data = stage4.Data(finished)
     test = data.split == TEST
     own = np.subtract(*(stage4.head_rewards(data, z[test]) for z in data.z))[None]
@@ -79,8 +82,7 @@ def test_differences_are_taken_pair_by_pair(finished, monkeypatch):
 
 
 def test_calibration_is_a_plain_loop_over_bins_of_at_least_50_pairs_whose_outcome_is_who_won():
-    rng = np.random.default_rng(4)
-    d, t = rng.normal(0.5, 2, size=330), 1.7
+    d, t = np.random.default_rng(4).normal(0.5, 2, size=330), 1.7
     found = stage4.calibration(d, t)
     p, right = [1 / (1 + math.exp(-abs(x) / t)) for x in d], [float(x > 0) for x in d]
     assert found["nll"] == pytest.approx(sum(math.log(1 + math.exp(-x / t)) for x in d) / 330)
@@ -123,8 +125,8 @@ def test_a_word_that_decides_everything_gives_the_words_an_accuracy_of_1_and_no_
     filler = lambda: " ".join(rng.choices("the cat sat on a mat while it rained".split(), k=5))
     telling = [[f"{filler()} {word} {filler()}" for _ in split] for word in ("yes", "no")]
     for texts, sign in ((telling, 1), ([[f"{side}{i}" for i in range(80)] for side in "ab"], 0)):
-        _, d = stage4.fit_and_test(*stage4.word_features(texts, split), split, {0: {"columns": slice(None)}}, [0], {})
-        assert d.shape == (1, 20) and (np.sign(d) == sign).all()
+        _, d = stage4.fit_and_test(*stage4.word_features(texts, split), split, {0: {"columns": slice(None)}}, {}, scale=False)
+        assert d.shape == (20,) and (np.sign(d) == sign).all()
 
 
 def test_random_latents_fire_random_directions_have_norm_1_and_activations_are_those_of_the_sae(finished):
@@ -156,7 +158,7 @@ def run(finished, tmp_path):
 
 def evaluate(run, *args):
     """Run stage 4 → evaluation.json."""
-    succeed("04_evaluate", "--run", run, "--seeds", 2, *args)
+    succeed("04_evaluate", "--run", run, "--seeds", 1, *args)
     return json.loads((run / "evaluation.json").read_text("utf-8"))
 
 
@@ -180,7 +182,7 @@ def change_run(run, change):
 
 
 def test_evaluation_json_holds_every_number_that_the_design_lists(run):
-    found = evaluate(run, "--sweeps", "full", "--other", f"self={run}")
+    found = evaluate(run, "--sweeps", "full", "--seeds", 2, "--other", f"self={run}")
     own, curve, cost = found["accuracy"]["sparserm"], found["curves"]["k"], found["cost"]
     assert set(found["accuracy"]) == {"sparserm", *CONTROLS} and set(found["differences"]) == CONTROLS
     for name, row in found["accuracy"].items():
@@ -189,9 +191,9 @@ def test_evaluation_json_holds_every_number_that_the_design_lists(run):
         assert len(row["seeds"]) == (2 if name in ("random_directions", "random_latents", "shuffled_labels") else 1)
     for name, gap in found["differences"].items():
         assert gap["low"] <= gap["mean"] <= gap["high"]
-        assert gap["mean"] == pytest.approx(own["accuracy"] - found["accuracy"][name]["accuracy"])
-    assert set(found["calibration"]) == {"temperature", "nll", "brier", "ece", "bins"} and {"explained_variance", "l0"} <= set(found["sae"])
-    assert set(found["length"]) == {"correlation", "matched_accuracy", "matched_n"}
+        assert gap["mean"] == pytest.approx(own["ties_half"] - found["accuracy"][name]["ties_half"])
+    keys = {"calibration": {"temperature", "nll", "brier", "ece", "bins"}, "length": {"correlation", "matched_accuracy", "matched_n"}}
+    assert all(set(found[n]) == k for n, k in keys.items()) and {"explained_variance", "l0", "warnings"} <= set(found["sae"])
     assert set(curve) == {"sparserm", "random_directions", "random_latents", "activations"}
     assert all(set(c) == {"1", "2", "4", "8"} for c in curve.values()) and set(found["curves"]["pairs"]) == {*curve, "dense"}
     assert all(set(c) == {str(found["run"]["pairs"]["train"])} for c in found["curves"]["pairs"].values())
@@ -200,14 +202,16 @@ def test_evaluation_json_holds_every_number_that_the_design_lists(run):
     assert set(json.loads((run / "timings.json").read_text())) == {"controls", "k curve", "pairs curve"}
 
 
-@pytest.mark.parametrize("layers", [[1], [1, 2]])
-def test_the_accuracy_and_that_on_another_set_are_those_of_scoring_the_texts(layers, run, tmp_path):
-    other, rows = tmp_path / "other", [{**r, "prompt": r["prompt"].replace("case", "question")} for r in tiny.make_pairs(50)]
-    extract(run, other, tiny.save_rows(tmp_path / "rows.jsonl", rows), "--layer", *layers)
+@pytest.mark.parametrize("word, args", [("question", ["--layer", 1, 2]), ("case", ["--layer", 1, "--split", "0.1,0.1,0.8"])])
+def test_the_accuracy_and_that_on_another_set_are_those_of_scoring_the_texts_of_questions_never_seen(word, args, run, tmp_path):
+    other, rows = tmp_path / "other", [{**r, "prompt": r["prompt"].replace("case", word)} for r in tiny.make_pairs(50)]
+    extract(run, other, tiny.save_rows(tmp_path / "rows.jsonl", rows), *args)
     found = evaluate(run, "--sweeps", "none", "--other", f"new={other}")
-    reward = stage3.RewardModel.load(run / "reward_head.safetensors")
-    for folder, row in ((run, found["accuracy"]["sparserm"]), (other, found["other"]["new"])):
-        pairs = [p for p in map(json.loads, open(folder / "pairs.jsonl", encoding="utf-8")) if p["split"] == "test"]
+    reward, own, rows = stage3.RewardModel.load(run / "reward_head.safetensors"), *(
+        [json.loads(line) for line in open(folder / "pairs.jsonl", encoding="utf-8")] for folder in (run, other))
+    seen = {p["prompt"] for p in own if p["split"] != "test"}
+    for pairs, row in ((own, found["accuracy"]["sparserm"]), (rows, found["other"]["new"])):
+        pairs = [p for p in pairs if p["split"] == "test" and p["prompt"] not in seen]
         c, r = (reward.score([p["prompt"] for p in pairs], [p[side] for p in pairs]) for side in ("chosen", "rejected"))
         assert row["n"] == len(pairs) and row["accuracy"] == pytest.approx(sum(a > b for a, b in zip(c, r)) / len(pairs))
 
@@ -215,7 +219,7 @@ def test_the_accuracy_and_that_on_another_set_are_those_of_scoring_the_texts(lay
 def test_the_same_command_gives_the_same_bytes_in_another_process(run, tmp_path):
     shutil.copytree(run, tmp_path / "again")
     evaluate(run, "--sweeps", "none")
-    commands = f"import tiny; tiny.succeed('04_evaluate', '--run', {str(tmp_path / 'again')!r}, '--seeds', 2, '--sweeps', 'none')"
+    commands = f"import tiny; tiny.succeed('04_evaluate', '--run', {str(tmp_path / 'again')!r}, '--seeds', 1, '--sweeps', 'none')"
     subprocess.run([sys.executable, "-c", commands], check=True,
                    env={**os.environ, "PYTHONHASHSEED": "5", "PYTHONPATH": f"{tiny.ROOT}{os.pathsep}{tiny.ROOT / 'tests'}"})
     assert (run / "evaluation.json").read_bytes() == (tmp_path / "again/evaluation.json").read_bytes()
@@ -226,7 +230,7 @@ def test_a_second_call_shows_the_same_table_and_computes_nothing_unless_the_swee
     assert evaluate(run, "--sweeps", "none")["curves"] == {}
     before = (run / "evaluation.json").stat().st_mtime_ns
     monkeypatch.setattr(stage4, "evaluate", lambda *_: pytest.fail("computed again"))
-    with tiny.argv("--run", run, "--seeds", 2, "--sweeps", "none"):
+    with tiny.argv("--run", run, "--seeds", 1, "--sweeps", "none"):
         stage4.main()
     assert "shuffled_labels" in capsys.readouterr().out and (run / "evaluation.json").stat().st_mtime_ns == before
 
@@ -248,8 +252,7 @@ def test_swapped_sides_turn_the_accuracy_of_a_fixed_head_into_1_minus_it_and_lea
 def test_train_activations_change_nothing_that_is_read_off_test_and_test_activations_no_choice(split, before, run):
     change_run(run, lambda t, _: t.update(chosen=torch.where((t["split"] == split)[:, None], -9 * t["rejected"], t["chosen"]),
                                           chosen_tokens=t["chosen_tokens"] * ((t["split"] < TEST) | (split < TEST))))
-    after = evaluated(run)
-    a, b = before["accuracy"], after["accuracy"]
+    a, b = before["accuracy"], (after := evaluated(run))["accuracy"]
     if split == TRAIN:
         assert all(before[n] == after[n] for n in ("calibration", "length")) and a["dense"] != b["dense"]
         assert all(a[n] == b[n] for n in ("sparserm", "words", "length"))
@@ -261,13 +264,11 @@ def test_a_head_with_a_fixed_k_gives_the_controls_the_same_k(run):
     succeed("03_train_head", "--run", run, "--k", 3, "--head", "mlp", "--hidden", 4, "--seeds", 1, "--epochs", 20)
     found = evaluate(run, "--sweeps", "none")["accuracy"]
     assert {n: found[n]["choice"] for n in found if n not in ("dense", "words", "length")} == {
-        "sparserm": 3, "activations": 3, "random_directions": [3, 3], "random_latents": [3, 3], "shuffled_labels": [3, 3]}
+        "sparserm": 3, "activations": 3, "random_directions": [3], "random_latents": [3], "shuffled_labels": [3]}
 
-
-# ---------------------------------------------------------------- bad input
 
 def refused(run, *words, args=()):
-    assert_one_line_error(command("04_evaluate", "--run", run, "--sweeps", "none", *args), *words)
+    assert_one_line_error(command("04_evaluate", "--run", run, "--seeds", 1, "--sweeps", "none", *args), *words)
     assert not (run / "evaluation.json").exists()
 
 
@@ -287,14 +288,13 @@ def test_another_sae_activations_of_another_run_and_no_test_pairs_are_refused(ru
     refused(run, "activations", run, "02")
 
 
-@pytest.mark.parametrize("flag, value, word", [("--seeds", "0", "--seeds"), ("--seeds", "-1", "--seeds"), ("--other", "runs/a", "NAME=DIR"),
-                                               ("--other", "safe=nowhere", "nowhere")])
+@pytest.mark.parametrize("flag, value, word", [("--seeds", "0", "--seeds"), ("--other", "a", "NAME=DIR"), ("--other", "b=none", "none")])
 def test_a_flag_that_cannot_be_meant_is_one_line_that_names_it(flag, value, word, run):
     refused(run, word, args=[flag, value])
 
 
 @pytest.mark.parametrize("args, word", [(["--layer", 2], "layer"), (["--layer", 1, "--token", "eot"], "token"),
-                                        (["--layer", 1, "--split", "0.8,0.2,0"], "test split")])
+                                        (["--layer", 1, "--split", "0.8,0.2,0"], "test pair")])
 def test_another_set_of_another_layer_or_token_or_without_test_pairs_is_refused(args, word, run, tmp_path):
     extract(run, tmp_path / "other", run / "pairs.jsonl", *args)
     refused(run, word, "other", args=["--other", f"x={tmp_path / 'other'}"])
