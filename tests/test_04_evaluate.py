@@ -192,6 +192,7 @@ def test_evaluation_json_holds_every_number_that_the_design_lists(run):
     for name, gap in found["differences"].items():
         assert gap["low"] <= gap["mean"] <= gap["high"]
         assert gap["mean"] == pytest.approx(own["ties_half"] - found["accuracy"][name]["ties_half"])
+    assert any(x != own["accuracy"] for x in found["accuracy"]["shuffled_labels"]["seeds"])     # unshuffled it is SparseRM itself
     keys = {"calibration": {"temperature", "nll", "brier", "ece", "bins"}, "length": {"correlation", "matched_accuracy", "matched_n"}}
     assert all(set(found[n]) == k for n, k in keys.items()) and {"explained_variance", "l0", "warnings"} <= set(found["sae"])
     assert set(curve) == {"sparserm", "random_directions", "random_latents", "activations"}
@@ -199,7 +200,6 @@ def test_evaluation_json_holds_every_number_that_the_design_lists(run):
     assert all(set(c) == {str(found["run"]["pairs"]["train"])} for c in found["curves"]["pairs"].values())
     assert cost["trained_parameters"] == 2 * found["run"]["k"] + 1 == pytest.approx(cost["share"] * cost["backbone_parameters"], rel=1e-3)
     assert found["other"] == {"self": {n: v for n, v in own.items() if n != "choice"}}          # its own test pairs
-    assert set(json.loads((run / "timings.json").read_text())) == {"controls", "k curve", "pairs curve"}
 
 
 @pytest.mark.parametrize("word, args", [("question", ["--layer", 1, 2]), ("case", ["--layer", 1, "--split", "0.1,0.1,0.8"])])
@@ -254,10 +254,10 @@ def test_train_activations_change_nothing_that_is_read_off_test_and_test_activat
                                           chosen_tokens=t["chosen_tokens"] * ((t["split"] < TEST) | (split < TEST))))
     a, b = before["accuracy"], (after := evaluated(run))["accuracy"]
     if split == TRAIN:
-        assert all(before[n] == after[n] for n in ("calibration", "length")) and a["dense"] != b["dense"]
+        assert all(before[n] == after[n] for n in ("calibration", "length")) and any(a[n] != b[n] for n in ("dense", "activations"))
         assert all(a[n] == b[n] for n in ("sparserm", "words", "length"))
     else:
-        assert {n: a[n]["choice"] for n in a} == {n: b[n]["choice"] for n in b} and a["sparserm"] != b["sparserm"]
+        assert {n: a[n]["choice"] for n in a} == {n: b[n]["choice"] for n in b} and before["calibration"] != after["calibration"]
 
 
 def test_a_head_with_a_fixed_k_gives_the_controls_the_same_k(run):
