@@ -6,7 +6,7 @@ writes  evaluation.json   every number but times        timings.json   seconds
     python 04_evaluate.py --run runs/demo
     python 04_evaluate.py --run runs/demo --sweeps full --other safe=runs/demo-safe
 
-Test pairs are read here for the first time. Every control gets the same pairs, the same loss and the same search on dev:
+Test pairs are scored here for the first time. Every control gets the same pairs, the same loss and the same search on dev:
 
     dense               the same head on the whole hidden state z
     random_directions   Gaussian directions instead of decoder rows

@@ -8,7 +8,8 @@
     python sae.py check PATH --model M --texts FILE
     python sae.py train --model demo --layer 16 --texts FILE --width 4608 --k 64 --out my-sae.safetensors
 
-This file needs torch, numpy and safetensors only and can be copied alone (`train` and `check` also need 01_extract.py).
+This file needs torch, numpy and safetensors only (huggingface_hub for hub:…) and can be copied alone; `train` and `check`
+also need 01_extract.py.
 """
 
 import argparse
@@ -126,7 +127,7 @@ def save_sae(sae, path, dtype=torch.float32):
 # ---------------------------------------------------------------- reading what others publish
 
 def load_sae(path, dtype=torch.float32, device="cpu", k=None, revision=None):
-    """Any layout of the README's table → SAE. `path`: file, folder, hub:REPO[:SUBFOLDER]. Errors: SAEError.
+    """Any layout of LAYOUTS below → SAE. `path`: file, folder, hub:REPO[:SUBFOLDER]. Errors: SAEError.
 
     Nothing in a checkpoint is run: no pickle but a third party's .pt, and that with weights_only=True.
     """
@@ -181,7 +182,9 @@ def fetch(name, revision=None):
     """REPO[:SUBFOLDER or file] of the hub → local path; only the files of that subfolder are fetched."""
     from huggingface_hub import snapshot_download
     repo, _, inside = name.partition(":")
-    patterns = [inside, f"{inside}/*", f"{inside}/checkpoints/*"] if inside else ["*.json", "*.safetensors", "*.npz", "*.pt"]
+    beside = inside.rpartition("/")[0]              # a named file needs the configuration beside it
+    patterns = [inside, f"{inside}/*", f"{inside}/checkpoints/*", f"{beside}/*.json".lstrip("/")] if inside else \
+        ["*.json", "*.safetensors", "*.npz", "*.pt"]
     try:
         local = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except Exception as error:      # offline, no such repository, gated: the hub's own first line says which
@@ -305,6 +308,8 @@ def from_gemma_scope(t, config, path, k):
 
 def from_saelens(t, config, path, k):
     """SAELens v3 to v6: cfg.json decides the activation and what is subtracted, scaled or normalised."""
+    if not config:
+        raise SAEError(f"cfg.json is missing · beside {path} · it decides the activation and the scale; fetch the whole folder")
     meta = {**config, **config.get("metadata", {})}
     kwargs = config.get("activation_fn_kwargs") or {}
     kind = config.get("architecture", "standard")
