@@ -89,8 +89,8 @@ def sample_candidates(backbone, prompt, n, temperature=1.0, top_p=0.95, max_new_
 
 # ---------------------------------------------------------------- the curve
 
-def best_of_curve(scores, values):
-    """Expected value of the best-scored of m candidates, over all subsets of size m → {m: expectation}.
+def best_of_curve(scores, values, wanted=None):
+    """Expected value of the best-scored of m candidates, over all subsets of size m → {m: expectation}, m in `wanted`.
 
     scores, values: lists of n numbers of one prompt. With candidates sorted by score, the i-th (1-based) is the best of
     C(i-1, m-1) of the C(n, m) subsets. Equal scores share their value.
@@ -100,7 +100,7 @@ def best_of_curve(scores, values):
     for s, v in zip(scores, values):
         shared.setdefault(s, []).append(v)
     ordered = [sum(shared[s]) / len(shared[s]) for s in sorted(scores)]
-    return {m: sum(math.comb(i, m - 1) / math.comb(n, m) * v for i, v in enumerate(ordered)) for m in sizes(n)}
+    return {m: sum(math.comb(i, m - 1) / math.comb(n, m) * v for i, v in enumerate(ordered)) for m in wanted or sizes(n)}
 
 
 def sizes(n):
@@ -114,18 +114,25 @@ def kl_bound(m):
 
 
 def curve_of(rows):
-    """Rows with candidates, scores and perhaps labels → {m: {reward, kl_bound[, label, oracle]}} over the prompts with most candidates."""
-    n = max(len(r["scores"]) for r in rows)
-    rows = [r for r in rows if len(r["scores"]) == n]
-    mean = lambda curves, m: sum(c[m] for c in curves) / len(curves)
-    reward = [best_of_curve(r["scores"], r["scores"]) for r in rows]
-    curve = {m: {"reward": mean(reward, m), "kl_bound": kl_bound(m)} for m in sizes(n)}
-    if all("labels" in r for r in rows):
-        label = [best_of_curve(r["scores"], r["labels"]) for r in rows]
-        oracle = [best_of_curve(r["labels"], r["labels"]) for r in rows]
-        for m in curve:
-            curve[m] |= {"label": mean(label, m), "oracle": mean(oracle, m)}
+    """Rows with candidates, scores and perhaps labels → {prompts, n, curve: {m: {prompts, reward, kl_bound[, label, oracle]}}}.
+
+    m goes up to the most candidates that a prompt has; each m is averaged over the prompts that have as many.
+    """
+    n, labelled = max(len(r["scores"]) for r in rows), all("labels" in r for r in rows)
+    curve = {}
+    for m in sizes(n):
+        enough = [r for r in rows if len(r["scores"]) >= m]
+        mean = lambda by, of, enough=enough, m=m: sum(best_of_curve(r[by], r[of], [m])[m] for r in enough) / len(enough)
+        curve[m] = {"prompts": len(enough), "reward": mean("scores", "scores"), "kl_bound": kl_bound(m)}
+        if labelled:
+            curve[m] |= {"label": mean("scores", "labels"), "oracle": mean("labels", "labels")}
     return {"prompts": len(rows), "n": n, "curve": curve}
+
+
+def top_of(rows):
+    """Mean label of the top-ranked candidate, and of a random pick, over all prompts."""
+    best = [r["labels"][max(range(len(r["scores"])), key=r["scores"].__getitem__)] for r in rows]
+    return sum(best) / len(rows), sum(sum(r["labels"]) / len(r["labels"]) for r in rows) / len(rows)
 
 
 # ---------------------------------------------------------------- files
@@ -239,11 +246,15 @@ def finish(out, rows):
     """Write and print the best-of-n curve."""
     result = curve_of(rows)
     stage1.write_text(out.with_suffix(".curve.json"), json.dumps(result, indent=1) + "\n")
-    print(f"\n{result['prompts']} prompts with {result['n']} candidates; expectation over all subsets of m"
-          f"\n  best of m     reward   KL at most" + ("    label   oracle" if "label" in result["curve"][1] else ""))
+    labels = "label" in result["curve"][1]
+    print(f"\n{result['prompts']} prompts with up to {result['n']} candidates; expectation over all subsets of m"
+          + ("" if labels else " (without labels the curve rises by its making)")
+          + "\n  best of m   prompts     reward   KL at most" + ("    label   oracle" if labels else ""))
     for m, row in result["curve"].items():
         labelled = f"   {row['label']:.3f}    {row['oracle']:.3f}" if "label" in row else ""
-        print(f"  {m:>9}   {row['reward']:>8.3f}   {row['kl_bound']:>10.2f}{labelled}")
+        print(f"  {m:>9}   {row['prompts']:>7}   {row['reward']:>8.3f}   {row['kl_bound']:>10.2f}{labelled}")
+    if labels:
+        print("\nmean label   top-ranked {:.3f} · random pick {:.3f}".format(*top_of(rows)))
     best = max(rows, key=lambda r: max(r["scores"]) - min(r["scores"]))
     print(f"\nwidest gap   {stage1.plain_text(best['prompt'])[:90]!r}"
           f"\n  best  {max(best['scores']):+.2f}   {best['candidates'][best['scores'].index(max(best['scores']))][:90]!r}"

@@ -108,15 +108,18 @@ def test_choosing_one_of_one_costs_nothing_and_of_four_at_most_0_636_nats():
     assert stage5.kl_bound(1) == 0 and stage5.kl_bound(4) == pytest.approx(1.386294 - 0.75, abs=1e-6)
 
 
-def test_the_oracle_is_never_below_the_reward_and_only_prompts_with_most_candidates_count():
+def test_the_oracle_is_never_below_the_reward_and_each_m_counts_the_prompts_with_as_many_candidates():
     rng = torch.Generator().manual_seed(0)
     rows = [{"scores": torch.rand(n, generator=rng).tolist(), "labels": torch.randint(2, (n,), generator=rng).tolist()}
             for n in (6,) * 9 + (3,)]
     found = stage5.curve_of(rows)
-    assert found["prompts"] == 9 and found["n"] == 6 and list(found["curve"]) == [1, 2, 4, 6]
+    assert found["prompts"] == 10 and found["n"] == 6 and {m: c["prompts"] for m, c in found["curve"].items()} == {1: 10, 2: 10, 4: 9, 6: 9}
     assert all(c["oracle"] >= c["label"] for c in found["curve"].values())
     first, last = found["curve"][1], found["curve"][6]
-    assert first["label"] == pytest.approx(first["oracle"]) == pytest.approx(sum(sum(r["labels"]) for r in rows[:9]) / 54)
+    assert first["label"] == pytest.approx(first["oracle"]) == pytest.approx(sum(sum(r["labels"]) / len(r["labels"]) for r in rows) / 10)
+    top, random_pick = stage5.top_of(rows)
+    assert random_pick == pytest.approx(first["label"])
+    assert top == pytest.approx(sum(r["labels"][r["scores"].index(max(r["scores"]))] for r in rows) / 10)
     assert last["label"] == pytest.approx(sum(r["labels"][r["scores"].index(max(r["scores"]))] for r in rows[:9]) / 9)
     assert "label" not in stage5.curve_of([{"scores": [1.0]}])["curve"][1]
 
