@@ -778,6 +778,7 @@ def extract_shard(backbone, tokenizer, rows, start, args, progress):
 
 
 def shard_path(run, layer, n, count):
+    """runs/demo/activations/layer16-00000-of-00001.safetensors"""
     return Path(run) / "activations" / f"layer{layer}-{n:05d}-of-{count:05d}.safetensors"
 
 

@@ -185,6 +185,7 @@ def read_candidates(path):
 
 
 def chat(role, text):
+    """A conversation of one turn."""
     return [{"role": role, "content": text}]
 
 

@@ -655,6 +655,7 @@ def finish(state, args, layer):
 
 
 def checkpoint_path(args):
+    """Where an interrupted training left its state."""
     return Path(args.out).with_suffix(".checkpoint.safetensors")
 
 
