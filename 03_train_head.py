@@ -165,7 +165,14 @@ class RewardModel:
 
     def hidden(self, prompts, responses):
         """The residual-stream vectors that the reward is read from, [n, d] float32."""
-        texts = [stage1.render(self.backbone.tokenizer, p, r, self.meta["max_length"]) for p, r in zip(prompts, responses, strict=True)]
+        return self.read([self.render(p, r) for p, r in zip(prompts, responses, strict=True)])
+
+    def render(self, prompt, response):
+        """A prompt and a response as the head was trained on them → Text of stage 1."""
+        return stage1.render(self.backbone.tokenizer, prompt, response, self.meta["max_length"])
+
+    def read(self, texts):
+        """Rendered texts → [n, d] float32."""
         return stage1.residuals(self.backbone, texts, [self.meta["layer"]], self.meta["token"])[0].float()
 
     def vector(self):
@@ -214,17 +221,15 @@ class RewardModel:
 
     def __call__(self, prompts, completions, **_):
         """A TRL reward function: strings or chat messages → list of float, None for a text longer than max_length."""
-        rewards, keep, pairs = [None] * len(prompts), [], []
+        rewards, texts = [None] * len(prompts), {}
         for n, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            text = completion if isinstance(completion, str) else completion[-1]["content"]
             try:
-                stage1.render(self.backbone.tokenizer, prompt, text, self.meta["max_length"])
+                texts[n] = self.render(prompt, completion if isinstance(completion, str) else completion[-1]["content"])
             except UserError:
                 continue
-            keep.append(n)
-            pairs.append((prompt, text))
-        for n, reward in zip(keep, self.score(*map(list, zip(*pairs))) if pairs else []):
-            rewards[n] = reward
+        if texts:
+            for n, reward in zip(texts, self.reward_of(self.read(list(texts.values()))).tolist()):
+                rewards[n] = reward
         return rewards
 
 

@@ -110,18 +110,22 @@ class SAE:
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec", "b_in", "threshold", "b_gate", "b_mag", "r_mag")
 
 
-def save_sae(sae, path, dtype=torch.float32):
-    """Write our own layout: the tensors, and one metadata key `sparserm` (sorted JSON)."""
+def write_tensors(path, tensors, text):
+    """Write safetensors with the metadata key `sparserm` through a temporary name: a kill leaves the old file or the new."""
     path = Path(path)
-    tensors = {n: getattr(sae, n).detach().to(dtype).contiguous().clone() for n in NAMES if getattr(sae, n) is not None}
-    info = {**sae.info, "stage": "sae", "activation": sae.activation, "k": sae.k, "norm": sae.norm}
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        save_file(tensors, part, metadata={"sparserm": json.dumps(info, sort_keys=True)})
+        save_file({n: t.detach().contiguous().clone() for n, t in tensors.items()}, part, metadata={"sparserm": text})
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def save_sae(sae, path, dtype=torch.float32):
+    """Write our own layout: the tensors, and one metadata key `sparserm` (sorted JSON)."""
+    info = {**sae.info, "stage": "sae", "activation": sae.activation, "k": sae.k, "norm": sae.norm}
+    write_tensors(path, {n: getattr(sae, n).to(dtype) for n in NAMES if getattr(sae, n) is not None}, json.dumps(info, sort_keys=True))
 
 
 # ---------------------------------------------------------------- reading what others publish
@@ -664,11 +668,7 @@ def save_checkpoint(state, args):
     tensors = {n: state[n].detach() for n in ("W_enc", "b_enc", "W_dec", "b_dec", "idle")}
     tensors |= {f"adam{i}.{key}": value for i, s in state["adam"].state_dict()["state"].items() for key, value in s.items()}
     tensors |= {"scale": state["scale"], "variance": torch.tensor(state["variance"]), "step_done": torch.tensor(state["step"])}
-    path = checkpoint_path(args)
-    part = path.with_name(f".{path.name}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({n: t.contiguous().clone() for n, t in tensors.items()}, part, metadata={"sparserm": training_key(args)})
-    os.replace(part, path)
+    write_tensors(checkpoint_path(args), tensors, training_key(args))
 
 
 def training_key(args):
