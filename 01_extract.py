@@ -9,12 +9,14 @@ writes  pairs.jsonl                             id, prompt, chosen, rejected, gr
             chosen_tokens, rejected_tokens [n] int32 (length of the response)
 
     python 01_extract.py --model demo --pairs data/truthful.jsonl --layer 16 --run runs/demo
+    torchrun --nproc-per-node 4 -- 01_extract.py --model … --run …        (with the --, or torchrun takes --run for its own)
 
 The paper does not say which token is read: --token names four rules. It pads its batches; here texts that share a
 beginning are laid into one tree, so that no token is computed twice, and the forward pass ends at block L.
 """
 
 import argparse
+import collections
 import contextlib
 import csv
 import functools
@@ -26,8 +28,10 @@ import itertools
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
+import threading
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -420,6 +424,9 @@ class Backbone:
         return self.model.get_input_embeddings().weight.device
 
 
+ONE_PASS = threading.Lock()         # the hooks of one forward pass would see that of another thread too
+
+
 class ReachedBlock(Exception):
     """Ends the forward pass once the last wanted block has given its output."""
 
@@ -450,7 +457,12 @@ def unpack_gguf(path):
         model.load_state_dict(packed.state_dict())
         model.save_pretrained(part)
         AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(part)
-        os.replace(part, folder)
+        try:
+            os.replace(part, folder)
+        except OSError:
+            if not folder.exists():         # else another process was faster
+                raise
+            shutil.rmtree(part)
     return folder
 
 
@@ -527,8 +539,8 @@ def make_backbone(model, tokenizer, meta, pack="tree", budget=None):
     lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == config.num_hidden_layers]
     if not lists:
         raise UserError(f"no list of {config.num_hidden_layers} blocks found · {meta['model']} · only decoder models work")
-    weight = next(p for p in lists[0][0].parameters() if p.dim() == 2).flatten()[:8].float().cpu()
-    meta = {**meta, "weights": [float(f"{w:.3g}") for w in weight],     # tells two models of one shape apart
+    matrices = [p for block in lists[0] for p in [p for p in block.parameters() if p.dim() == 2 and not p.is_meta][:16]]
+    meta = {**meta, "weights": [float(f"{float(p.flatten()[p.numel() // 2]):.3g}") for p in matrices],     # tells a fine-tuned copy apart
             "parameters": sum(p.numel() for p in model.parameters())}
     backbone = Backbone(model, tokenizer, lists[0], meta, pack, budget or (512 if model.device.type == "cpu" else 4096))
     if not takes_system_turn(tokenizer):
@@ -647,15 +659,16 @@ def forward_to(backbone, layers, **inputs):
             if layer == max(layers):
                 raise ReachedBlock
         return hook
-    try:
-        hooks = [backbone.blocks[layer].register_forward_hook(keep(layer)) for layer in set(layers)]
-        with torch.inference_mode():
-            backbone.model(use_cache=False, **inputs)
-    except ReachedBlock:
-        pass
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ONE_PASS:
+        try:
+            hooks = [backbone.blocks[layer].register_forward_hook(keep(layer)) for layer in set(layers)]
+            with torch.inference_mode():
+                backbone.model(use_cache=False, **inputs)
+        except ReachedBlock:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
     return [kept[layer] for layer in layers]
 
 
@@ -683,6 +696,20 @@ def residuals(backbone, texts, layers, rule, progress=None):
     """Residual-stream vectors of the token(s) that `rule` names: list of Text → [len(layers), n, d], dtype of the model."""
     width = backbone.model.config.get_text_config().hidden_size
     out = torch.empty(len(layers), len(texts), width, dtype=backbone.model.dtype)
+    try:
+        return fill_residuals(out, backbone, texts, layers, rule, progress)
+    except torch.OutOfMemoryError:
+        if backbone.budget <= 64:
+            raise UserError("out of memory even at 64 tokens a forward pass · --batch-tokens · a smaller model, --dtype bfloat16 or "
+                            "--device-map auto") from None
+    backbone.budget //= 2               # outside of `except`: there the failed pass is still held
+    torch.cuda.empty_cache()
+    print(f"note: out of memory, going on with {backbone.budget} tokens a forward pass")
+    return residuals(backbone, texts, layers, rule, progress)
+
+
+def fill_residuals(out, backbone, texts, layers, rule, progress):
+    """The work of residuals()."""
     for members, hidden in hidden_rows(backbone, [t.ids for t in texts], layers):
         places = [path[slice(*texts[i].span(rule))] for i, path in members]
         rows = torch.tensor([i for i, _ in members])
@@ -715,27 +742,47 @@ def packing_holds(backbone):
 # ---------------------------------------------------------------- the stage
 
 def prepare_pairs(args, tokenizer):
-    """Read, normalise, render, split → (rows for pairs.jsonl, rows for dropped.jsonl). Rows hold no token ids."""
-    kept, dropped, shares = [], [], [float(x) for x in args.split.split(",")]
-    for where, raw in read_rows(args.pairs):
-        if args.limit and len(kept) >= args.limit:
-            break
-        found, reasons = usable_pairs(tokenizer, raw, args.label, args.max_length)
-        dropped += [{"where": where, "reason": reason, "row": raw} for reason in reasons]
-        name = raw.get("id") if isinstance(raw, dict) else None
-        for n, (prompt, chosen, rejected) in enumerate(found[:args.limit - len(kept) if args.limit else None]):
-            identity = (re.findall(r"\d+", where)[-1] if name is None else str(name)) + (f"#{n}" if len(found) > 1 else "")
-            kept.append({"id": identity, "prompt": prompt, "chosen": chosen, "rejected": rejected,
-                         "group": hash_number(question_of(prompt)), "split": split_of(prompt, args.seed, shares),
-                         "category": raw.get("category", raw.get("subset")), "source": raw.get("source", Path(args.pairs).name)})
-    write_rows(Path(args.run) / "dropped.jsonl", dropped)           # also where too few are left: it says why
-    if not kept:
-        reasons = "; ".join(sorted({d["reason"] for d in dropped})[:3]) or "the file is empty"
-        raise UserError(f"no usable pair ({reasons}) · {args.pairs} · rows need prompt, chosen, rejected")
-    if len(dropped) > len(kept):
-        raise UserError(f"more than half of the pairs cannot be used, the first because: {dropped[0]['reason']} · "
-                        f"{dropped[0]['where']} · mend the file or raise --max-length")
-    return kept, dropped
+    """Read, normalise, check, split; a row at a time, so that memory does not grow → what was counted.
+
+    Writes pairs.jsonl and dropped.jsonl (this one also where too few pairs are left: it says why). Rows hold no token ids.
+    """
+    shares, control, run = [float(x) for x in args.split.split(",")], control_tokens(tokenizer)[0], Path(args.run)
+    seen = {"kept": 0, "dropped": [], "split": collections.Counter(), "groups": set(), "typed": 0}
+    line = lambda row: json.dumps(row, ensure_ascii=False) + "\n"
+    write = functools.partial(open, mode="w", encoding="utf-8", errors="backslashreplace")    # half of a UTF-16 pair stays a JSON escape
+    with moved_into_place(run / "pairs.jsonl") as good_path, write(good_path) as good:
+        with moved_into_place(run / "dropped.jsonl") as bad_path, write(bad_path) as bad:
+            for where, raw in read_rows(args.pairs):
+                if args.limit and seen["kept"] >= args.limit:
+                    break
+                found, reasons = usable_pairs(tokenizer, raw, args.label, args.max_length)
+                for reason in reasons:
+                    bad.write(line({"where": where, "reason": reason, "row": raw}))
+                    seen["dropped"].append((reason, where))
+                for row in pair_rows(raw, where, found[:args.limit - seen["kept"] if args.limit else None], args, shares):
+                    text = line(row)
+                    good.write(text)
+                    seen["kept"] += 1
+                    seen["split"][row["split"]] += 1
+                    seen["groups"].add(row["group"])
+                    seen["typed"] += bool(control.search(text))
+        if not seen["kept"]:
+            reasons = "; ".join(sorted({reason for reason, _ in seen["dropped"]})[:3]) or "the file is empty"
+            raise UserError(f"no usable pair ({reasons}) · {args.pairs} · rows need prompt, chosen, rejected")
+        if len(seen["dropped"]) > seen["kept"]:
+            raise UserError("more than half of the pairs cannot be used, the first because: {} · {} · mend the file or raise "
+                            "--max-length".format(*seen["dropped"][0]))
+    return seen
+
+
+def pair_rows(raw, where, found, args, shares):
+    """Yield the rows of pairs.jsonl that one row of the user's file gives."""
+    name = raw.get("id") if isinstance(raw, dict) else None
+    for n, (prompt, chosen, rejected) in enumerate(found):
+        identity = (re.findall(r"\d+", where)[-1] if name is None else str(name)) + (f"#{n}" if len(found) > 1 else "")
+        yield {"id": identity, "prompt": prompt, "chosen": chosen, "rejected": rejected, "group": hash_number(question_of(prompt)),
+               "split": split_of(prompt, args.seed, shares), "category": raw.get("category", raw.get("subset")),
+               "source": raw.get("source", Path(args.pairs).name)}
 
 
 def problem_with(tokenizer, prompt, chosen, rejected, max_length):
@@ -821,52 +868,75 @@ def main():
     for layer in args.layer:
         if not 0 <= layer < config.num_hidden_layers:
             raise UserError(f"layer {layer} does not exist · {args.model} has blocks 0 to {config.num_hidden_layers - 1} · pass --layer")
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))         # set by torchrun
+    if ranks > 1:
+        torch.distributed.init_process_group("gloo")
+        if args.device == "auto" and torch.cuda.is_available():
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    with contextlib.redirect_stdout(None if rank else sys.stdout):          # only rank 0 prints
+        extract(args, config, tokenizer, rank, ranks)
+    if ranks > 1:
+        torch.distributed.destroy_process_group()
+
+
+def extract(args, config, tokenizer, rank, ranks):
+    """Read the pairs, compute this rank's share of the shards that are missing, report."""
     run = Path(args.run)
-    kept, dropped = prepare_pairs(args, tokenizer)
-    write_rows(run / "pairs.jsonl", kept)
+    if rank == 0:
+        seen = prepare_pairs(args, tokenizer)
+    if ranks > 1:
+        torch.distributed.barrier()         # pairs.jsonl is there
+    with open(run / "pairs.jsonl", encoding="utf-8") as file:
+        pairs = sum(1 for _ in file)
     meta = {"stage": "extract", **describe(args.model, config, tokenizer, args.revision, args.dtype, args.device), "token": args.token,
             "max_length": args.max_length, "seed": args.seed, "split": args.split, "parent": {"pairs": file_hash(run / "pairs.jsonl")}}
-    count = -(-len(kept) // SHARD_PAIRS)
-    wanted = {(layer, n) for layer in args.layer for n in range(count)
-              if not up_to_date(shard_path(run, layer, n, count), {**meta, "layer": layer})}
-    backbone = None
+    count = -(-pairs // SHARD_PAIRS)
+    missing = {(layer, n) for layer in args.layer for n in range(count)
+               if not up_to_date(shard_path(run, layer, n, count), {**meta, "layer": layer})}
+    if ranks > 1:
+        torch.distributed.barrier()         # all have looked before any writes
+    wanted = {(layer, n) for layer, n in missing if n % ranks == rank}
     if wanted:
         backbone = load_backbone(args.model, args.revision, args.dtype, args.device, args.device_map, args.pack, args.batch_tokens)
-        for note in backbone.notes:
-            print("note:", note)
-        compute_shards(backbone, kept, count, wanted, meta, args)
-    for layer in args.layer:            # shards of an earlier, differently sized run would be read as well
-        for path in (run / "activations").glob(f"layer{layer}-*.safetensors"):
-            if not path.name.endswith(f"-of-{count:05d}.safetensors"):
-                path.unlink()
-    pattern, _ = control_tokens(tokenizer)
-    typed = sum(bool(pattern.search(json.dumps([r["prompt"], r["chosen"], r["rejected"]], ensure_ascii=False))) for r in kept)
-    if typed:
-        print(f"note: control tokens are typed into the text of {typed} pairs: split, so that they do not act")
-    report(args, kept, dropped, len(wanted), count)
+        print(*(f"note: {note}" for note in backbone.notes), sep="\n", end="\n" if backbone.notes else "")
+        compute_shards(backbone, count, wanted, meta, args, quiet=rank > 0)
+    if ranks > 1:
+        torch.distributed.barrier()         # all shards are there
+    if rank == 0:
+        for layer in args.layer:            # shards of an earlier, differently sized run would be read as well
+            for path in (run / "activations").glob(f"layer{layer}-*.safetensors"):
+                if not path.name.endswith(f"-of-{count:05d}.safetensors"):
+                    path.unlink()
+        if seen["typed"]:
+            print(f"note: control tokens are typed into the text of {seen['typed']} pairs: split, so that they do not act")
+        report(args, seen, len(missing), count)
 
 
-def compute_shards(backbone, kept, count, wanted, meta, args):
-    """Compute and write the shards in `wanted`, (layer, number)."""
-    with tqdm(unit="tok", unit_scale=True, desc="extract", disable=None) as bar:
-        for n in sorted({n for _, n in wanted}):
-            rows = kept[n * SHARD_PAIRS:(n + 1) * SHARD_PAIRS]
+def compute_shards(backbone, count, wanted, meta, args, quiet=False):
+    """Compute and write the shards in `wanted`, (layer, number); pairs.jsonl is read a shard at a time."""
+    with open(Path(args.run) / "pairs.jsonl", encoding="utf-8") as file, \
+            tqdm(unit="tok", unit_scale=True, desc="extract", disable=quiet or None) as bar:
+        for n in range(count):
+            lines = list(itertools.islice(file, SHARD_PAIRS))
+            if not any((layer, n) in wanted for layer in args.layer):
+                continue
+            rows = [json.loads(line) for line in lines]
             for layer, tensors in extract_shard(backbone, backbone.tokenizer, rows, n * SHARD_PAIRS, args, bar.update).items():
                 if (layer, n) in wanted:
                     save_stage(shard_path(args.run, layer, n, count), tensors,
                                {**meta, **backbone.meta, "layer": layer, "pack": backbone.pack})
 
 
-def report(args, kept, dropped, computed, count):
+def report(args, seen, computed, count):
     """The table at the end."""
-    by = {s: sum(r["split"] == s for r in kept) for s in SPLITS}
-    print(f"\npairs      {len(kept)} kept, {len(dropped)} dropped   train {by['train']} · dev {by['dev']} · test {by['test']}"
-          f"\nprompts    {len({r['group'] for r in kept})} different"
+    by, dropped = seen["split"], seen["dropped"]
+    print(f"\npairs      {seen['kept']} kept, {len(dropped)} dropped   train {by['train']} · dev {by['dev']} · test {by['test']}"
+          f"\nprompts    {len(seen['groups'])} different"
           f"\nlayers     {', '.join(map(str, args.layer))} of {args.model}, token rule {args.token}"
           f"\nshards     {computed} computed, {count * len(args.layer) - computed} found complete"
           f"\nwritten    {args.run}/pairs.jsonl, {args.run}/activations/")
     if dropped:
-        print(f"dropped    {args.run}/dropped.jsonl, the first because: {dropped[0]['reason']}")
+        print(f"dropped    {args.run}/dropped.jsonl, the first because: {dropped[0][0]}")
     shipped = f"assets/sae-smollm2-135m-layer{args.layer[0]}.safetensors"
     which = f" --layer {args.layer[0]}" if len(args.layer) > 1 else ""
     print(f"\nnext: python 02_select_features.py --run {args.run}{which} --sae "

@@ -54,11 +54,11 @@ def shard_files(run, layer=None):
     return paths, metas[0]
 
 
-def read_chunks(paths, rows=1024):
+def read_chunks(paths, rows=1024, names=("chosen", "rejected", *CARRIED)):
     """Yield dicts of tensors, `rows` pairs at a time; the shards stay on disk (memory-mapped)."""
     for path in paths:
         with safe_open(path, "pt") as file:
-            slices = {name: file.get_slice(name) for name in ("chosen", "rejected", *CARRIED)}
+            slices = {name: file.get_slice(name) for name in names}
             n = slices["pair"].get_shape()[0]
             for start in range(0, n, rows):
                 yield {name: s[start:start + rows] for name, s in slices.items()}
@@ -94,18 +94,26 @@ def alignment_scores(hidden, directions):
     return hidden.float() @ directions.float().T
 
 
-def standardisation(scores):
-    """Mean and standard deviation [m] of scores [n, m]; a score that never changes keeps std 1."""
-    mean, std = scores.mean(0), scores.std(0, correction=0)
-    return mean, torch.where(std > 1e-6 * (1 + mean.abs()), std, torch.ones_like(std))
+def standardisation(sides, rows):
+    """Mean and standard deviation [m] of the given rows (bool [n]) of both sides [n, m]; a score that never changes keeps std 1."""
+    chunks = [(x, at) for x in sides for at in rows.nonzero().flatten().split(2**16)]       # a million pairs stay within memory
+    count = 2 * int(rows.sum())
+    mean = sum(x[at].double().sum(0) for x, at in chunks) / count
+    std = (sum((x[at].double() - mean).square().sum(0) for x, at in chunks) / count).sqrt()
+    return mean.float(), torch.where(std > 1e-6 * (1 + mean.abs()), std, torch.ones_like(std)).float()
 
 
 def project(paths, directions):
     """All pairs → dict of chosen, rejected [n, m] and the carried columns."""
-    parts = []
+    columns = list(read_chunks(paths, names=CARRIED))
+    table = {name: torch.cat([c[name] for c in columns]) for name in CARRIED}
+    table |= {name: torch.empty(len(table["pair"]), len(directions)) for name in ("chosen", "rejected")}
+    start = 0
     for chunk in read_chunks(paths):
-        parts.append({**{n: alignment_scores(chunk[n], directions) for n in ("chosen", "rejected")}, **{n: chunk[n] for n in CARRIED}})
-    return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+        for name in ("chosen", "rejected"):
+            table[name][start:start + len(chunk[name])] = alignment_scores(chunk[name], directions)
+        start += len(chunk["pair"])
+    return table
 
 
 def train_sample(paths, limit=4096):
@@ -175,8 +183,7 @@ def select(args, paths, sae, record, warnings, out):
                                "look at the health figures: python sae.py check")
     directions = sae.W_dec[latents].float()
     table = project(paths, directions)
-    train = table["split"] == TRAIN
-    mean, std = standardisation(torch.cat([table["chosen"][train], table["rejected"][train]]))
+    mean, std = standardisation((table["chosen"], table["rejected"]), table["split"] == TRAIN)
     figures = health(sae, train_sample(paths))
     stage1.save_stage(out, {"latents": latents, "directions": directions, "frequency_chosen": frequency_chosen,
                             "frequency_rejected": frequency_rejected, "mean": mean, "std": std, **table},

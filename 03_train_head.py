@@ -64,19 +64,19 @@ def apply_head(head, x):
     return torch.relu(x @ head["w1"].T + head["b1"]) @ head["w2"] + head["b2"]
 
 
-def fit_head(chosen, rejected, split, kind="linear", loss="bt", margin=1.0, hidden=512, lr=0.01, weight_decay=0.1,
+def fit_head(chosen, rejected, split, columns=slice(None), kind="linear", loss="bt", margin=1.0, hidden=512, lr=0.01, weight_decay=0.1,
              epochs=200, patience=20, batch=256, seed=0):
-    """Train one head on standardised scores [n, m] of both sides → (head, its loss on dev).
+    """Train one head on some columns of the standardised scores [n, m] of both sides → (head, its loss on dev).
 
     Adam on mini-batches of train pairs; after each epoch the loss on dev; the weights of the best epoch are what is
     returned. weight_decay is an L2 penalty, weight_decay/2 · ‖w‖² added to the loss.
     """
     losses = {"bt": bradley_terry_loss, "margin": lambda c, r: margin_loss(c, r, margin), "bce": bce_loss}
     generator = torch.Generator().manual_seed(seed)
-    head = start_head(chosen.shape[1], kind, hidden, generator)
+    head = start_head(chosen[:1, columns].shape[1], kind, hidden, generator)
     parameters = [p.requires_grad_() for p in head.values()]
     adam = torch.optim.Adam(parameters, lr=lr, fused=True)
-    train, dev = [(chosen[split == s], rejected[split == s]) for s in (TRAIN, DEV)]
+    rows, dev = (split == TRAIN).nonzero().flatten(), [side[split == DEV][:, columns] for side in (chosen, rejected)]
     best, kept, since = float("inf"), None, 0
     for _ in range(epochs + 1):             # the last round only looks at dev
         with torch.no_grad():
@@ -87,10 +87,9 @@ def fit_head(chosen, rejected, split, kind="linear", loss="bt", margin=1.0, hidd
             since += 1
             if since > patience:
                 break
-        order = torch.randperm(len(train[0]), generator=generator)
-        for pick in order.split(batch):
+        for pick in rows[torch.randperm(len(rows), generator=generator)].split(batch):
             penalty = sum(p.square().sum() for n, p in head.items() if n[0] == "w")
-            value = losses[loss](apply_head(head, train[0][pick]), apply_head(head, train[1][pick])) + weight_decay / 2 * penalty
+            value = losses[loss](*(apply_head(head, side[pick][:, columns]) for side in (chosen, rejected))) + weight_decay / 2 * penalty
             adam.zero_grad()
             value.backward()
             adam.step()
@@ -116,9 +115,7 @@ def fit_best(chosen, rejected, split, options, seeds, **settings):
     options: {name: {"columns": which scores, and settings that differ}}. → (name, heads, dev losses, {name: dev loss}).
     """
     def fit(name, seed):
-        option = {**settings, **options[name]}
-        columns = option.pop("columns")
-        return fit_head(chosen[:, columns], rejected[:, columns], split, **option, seed=seed)
+        return fit_head(chosen, rejected, split, **{**settings, **options[name]}, seed=seed)
     curve = {name: fit(name, seeds[0])[1] for name in options} if len(options) > 1 else {}
     name = min(curve, key=curve.get) if curve else next(iter(options))
     heads, losses = zip(*(fit(name, seed) for seed in seeds))
@@ -131,11 +128,9 @@ def k_options(total, k="auto"):
     return {c: {"columns": torch.cat([torch.arange(c), total + torch.arange(c)])} for c in choices}
 
 
-def centre(head, chosen, rejected):
-    """Move the head's bias so that the mean reward of the train responses is 0."""
-    bias = "b2" if "w2" in head else "b1"
-    mean = torch.cat([apply_head(head, chosen), apply_head(head, rejected)]).mean()
-    return {**head, bias: head[bias] - mean}
+def rewards_of(head, side, columns):
+    """apply_head on all rows of one side's scores [n, m] → [n], some rows at a time."""
+    return torch.cat([apply_head(head, part[:, columns]) for part in side.split(2**16)])
 
 
 # ---------------------------------------------------------------- using it
@@ -186,7 +181,20 @@ class RewardModel:
         if "w2" not in self.head:
             u, c = self.vector()
             return hidden @ u + c
-        return apply_head(self.head, (hidden @ self.directions.T - self.mean) / self.std)
+        return apply_head(self.head, self.scores_of(hidden))
+
+    def scores_of(self, hidden):
+        """Residual vectors [n, d] → standardised alignment scores [n, 2K]."""
+        return (hidden @ self.directions.T - self.mean) / self.std
+
+    def contributions(self, hidden):
+        """What each direction adds to the reward of residual vectors [n, d] → [n, 2K]. Linear head: w_j x_j, exact. MLP: the
+        change when score j is set to its mean. The difference of two responses is the difference of their rows."""
+        x = self.scores_of(hidden)
+        if "w2" not in self.head:
+            return x * self.head["w1"]
+        whole = apply_head(self.head, x)
+        return torch.stack([whole - apply_head(self.head, x.index_fill(1, torch.tensor([j]), 0.0)) for j in range(x.shape[1])], 1)
 
     def score(self, prompts, responses):
         """Raw rewards, 0 on average over the training responses: lists of n prompts and n responses → list of n floats."""
@@ -207,15 +215,11 @@ class RewardModel:
         Linear head: w_j (v_j - mean_j) / std_j; with the bias they add up to the reward. MLP: the change when score j is
         set to its mean (an ablation of the head's input; these do not add up). Neither says what causes a preference.
         """
-        x = (self.hidden([prompt], [response]) @ self.directions.T - self.mean) / self.std          # [1, 2K]
-        reward = float(apply_head(self.head, x))
-        if "w2" not in self.head:
-            parts, bias = (x[0] * self.head["w1"]).tolist(), float(self.head["b1"])
-        else:
-            without = x.repeat(x.shape[1], 1).fill_diagonal_(0.0)
-            parts, bias = (reward - apply_head(self.head, without)).tolist(), None
+        hidden = self.hidden([prompt], [response])
+        x, parts, reward = self.scores_of(hidden)[0], self.contributions(hidden)[0].tolist(), float(self.reward_of(hidden))
+        bias = float(self.head["b1"]) if "w2" not in self.head else None
         k = len(parts) // 2
-        rows = [{"latent": int(j), "side": "chosen" if n < k else "rejected", "score": float(x[0, n]), "contribution": c}
+        rows = [{"latent": int(j), "side": "chosen" if n < k else "rejected", "score": float(x[n]), "contribution": c}
                 for n, (j, c) in enumerate(zip(self.tensors["latents"], parts))]
         return {"reward": reward, "bias": bias, "contributions": sorted(rows, key=lambda r: -abs(r["contribution"]))}
 
@@ -240,7 +244,7 @@ def check_backbone(wanted, found, where):
             raise UserError(f"the head was trained on {wanted['model']} ({what} {wanted[key]}), this is {found['model']} "
                             f"({found[key]}) · {where} · pass the same backbone")
     a, b = torch.tensor(wanted["weights"]), torch.tensor(found["weights"])
-    if not torch.allclose(a, b, rtol=0.02, atol=1e-4):
+    if a.shape != b.shape or not torch.allclose(a, b, rtol=0.02, atol=1e-4):
         raise UserError(f"the weights of {found['model']} are not those of {wanted['model']} · {where} · pass the same backbone")
 
 
@@ -286,13 +290,8 @@ def self_check(run):
 # ---------------------------------------------------------------- the stage
 
 def standardised(t):
-    """features.safetensors → chosen, rejected [n, 2K] with mean 0 and standard deviation 1 on train."""
-    return ((t[side] - t["mean"]) / t["std"] for side in ("chosen", "rejected"))
-
-
-def accuracy(head, chosen, rejected):
-    """Share of pairs with r_chosen > r_rejected, strictly."""
-    return float((apply_head(head, chosen) > apply_head(head, rejected)).float().mean())
+    """features.safetensors → chosen, rejected [n, 2K] with mean 0 and standard deviation 1 on train (in place: they may be large)."""
+    return (t[side].sub_(t["mean"]).div_(t["std"]) for side in ("chosen", "rejected"))
 
 
 def parse_args():
@@ -361,11 +360,13 @@ def train(args, t, record, out):
     split, options = t["split"], k_options(record["k"], args.k)
     k, heads, losses, curve = fit_best(chosen, rejected, split, options, range(args.seeds), **settings_of(args))
     best, columns = min(range(len(losses)), key=losses.__getitem__), options[k]["columns"]
-    at = {s: (chosen[split == s][:, columns], rejected[split == s][:, columns]) for s in (TRAIN, DEV)}
-    head = centre(heads[best], *at[TRAIN])
-    temperature = fit_temperature(apply_head(head, at[DEV][0]) - apply_head(head, at[DEV][1]))
-    on_dev = [accuracy(h, *at[DEV]) for h in heads]
-    found = {"train": accuracy(head, *at[TRAIN]), "dev": on_dev[best], "dev_of_seeds": on_dev, "dev_loss": losses[best]}
+    rewards = [torch.stack([rewards_of(head, side, columns) for side in (chosen, rejected)]) for head in heads]    # [2, n] each
+    right = [(r[0] > r[1]).float() for r in rewards]                        # strictly
+    kept, bias = rewards[best], "b2" if "w2" in heads[best] else "b1"
+    head = {**heads[best], bias: heads[best][bias] - kept[:, split == TRAIN].mean()}        # 0 on average over the train responses
+    temperature = fit_temperature((kept[0] - kept[1])[split == DEV])
+    on_dev = [float(r[split == DEV].mean()) for r in right]
+    found = {"train": float(right[best][split == TRAIN].mean()), "dev": on_dev[best], "dev_of_seeds": on_dev, "dev_loss": losses[best]}
     stage1.save_stage(out, {**{n: t[n][columns] for n in ("latents", "directions", "mean", "std")}, **head,
                             "temperature": torch.tensor([temperature])},
                       {**record, "k": k, "seed_kept": best, "accuracy": found, "k_curve": {str(c): v for c, v in curve.items()}})

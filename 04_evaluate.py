@@ -1,10 +1,12 @@
-"""Stage 4: does it hold? Accuracy with intervals, controls, curves of K and of the number of pairs.
+"""Stage 4: does it hold? Accuracy with intervals, controls, curves of K and of the number of pairs, latents, a page to look at.
 
 reads   features.safetensors · reward_head.safetensors · activations/ · pairs.jsonl · the SAE
 writes  evaluation.json   every number but times        timings.json   seconds
+        report.html       one file, opens offline       *.png          its pictures
 
     python 04_evaluate.py --run runs/demo
     python 04_evaluate.py --run runs/demo --sweeps full --other safe=runs/demo-safe
+    python 04_evaluate.py --run runs/demo --explain "Can a duck swim?" "Yes." "No, ducks cannot swim."
 
 Test pairs are scored here for the first time. Every control gets the same pairs, the same loss and the same search on dev:
 
@@ -25,6 +27,7 @@ import importlib
 import json
 import math
 import re
+import shlex
 import time
 import zlib
 from collections import Counter
@@ -35,6 +38,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import report as page
 from sae import SAEError, load_sae
 
 stage1, stage2, stage3 = (importlib.import_module(n) for n in ("01_extract", "02_select_features", "03_train_head"))
@@ -43,6 +47,12 @@ TRAIN, DEV, TEST = range(3)
 DENSE = {d: {"columns": slice(None), "weight_decay": d} for d in (0.0001, 0.001, 0.01, 0.1, 1.0)}
 WORD_COLUMNS = 2**13     # at most
 DRAWS = 2000
+SAYS = {"random_directions": "on this data, at this K, the SAE's choice of directions adds nothing measurable",
+        "random_latents": "which latents are taken makes no measurable difference on this data, at this K",
+        "activations": "projecting the hidden state is not measurably better than reading the SAE's activations",
+        "words": "the wording alone tells as much: no evidence of more than that",
+        "length": "the length alone tells as much: no evidence of more than that",
+        "shuffled_labels": "it does no better than with shuffled labels: nothing was learned that holds on test"}
 
 
 # ---------------------------------------------------------------- statistics
@@ -115,7 +125,7 @@ class Data:
     """Everything cached about a run: z of both sides [n, d], split, group, lengths, and what stages 2 and 3 recorded."""
 
     def __init__(self, run, sae_path=None):
-        run = Path(run)
+        self.run = run = Path(run)
         self.features, self.meta = stage1.load_stage(run / "features.safetensors", "02_select_features.py")
         self.head, self.head_meta = stage1.load_stage(run / "reward_head.safetensors", "03_train_head.py")
         self.paths, shard_meta = stage2.shard_files(run, self.meta["layer"])
@@ -143,8 +153,7 @@ def read_columns(chunks):
 
 def standardise(chosen, rejected, split):
     """Scores of both sides → the same with mean 0, std 1 on train."""
-    train = split == TRAIN
-    mean, std = stage2.standardisation(torch.cat([chosen[train], rejected[train]]))
+    mean, std = stage2.standardisation((chosen, rejected), split == TRAIN)
     return (chosen - mean) / std, (rejected - mean) / std
 
 
@@ -266,7 +275,7 @@ def controls(data, seeds):
 
 # ---------------------------------------------------------------- curves
 
-def k_curve(data, seeds):
+def k_curve(data, seeds, dense):
     """Accuracy on test with K fixed: SparseRM and the controls that have a K, K = 1, 2, 4 … → {name: {K: summary}}."""
     split, settings, total = data.split, data.head_meta["settings"], data.meta["k"]
     groups = data.group[(split == TEST).numpy()]
@@ -280,7 +289,7 @@ def k_curve(data, seeds):
                  for name, many in scores.items()}
         for name, d in found.items():
             curve[name][str(k)] = summary(d, groups) | ({"behind": gap(found["sparserm"], d, groups)} if name != "sparserm" else {})
-    return curve
+    return curve | {"dense": {str(k): dense for k in options}}         # has no K: the same everywhere
 
 
 def pairs_curve(data, seeds, sizes=(50, 100, 200, 500, 1000)):
@@ -301,6 +310,95 @@ def pairs_curve(data, seeds, sizes=(50, 100, 200, 500, 1000)):
         for name, d in found.items():
             curve[name][str(n)] = summary(d, groups)
     return curve
+
+
+# ---------------------------------------------------------------- are the latents, and what is said of them, worth believing
+
+def bootstrap_weights(groups, draws, seed=0):
+    """How often each row comes in each draw of groups with replacement → [draws, n] float32."""
+    _, inverse = np.unique(groups, return_inverse=True)
+    rng, count = np.random.default_rng(seed), inverse.max() + 1
+    drawn = np.stack([np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(draws)])
+    return torch.from_numpy(drawn[:, inverse].astype(np.float32))
+
+
+def resampled_selection(data, draws=20):
+    """Select again on bootstrap resamples of the train prompts → (stability, (low, high) of μ_c - μ_r of the head's latents).
+
+    stability: the share of the head's latents that are chosen again, on average and at least.
+    """
+    rows, ours, k = (data.split == TRAIN).nonzero().flatten(), data.head["latents"], len(data.head["latents"]) // 2
+    few, many = (bootstrap_weights(data.group[rows.numpy()], n) for n in (draws, DRAWS))
+    every, kept = torch.zeros(draws, data.sae.d_sae), torch.zeros(DRAWS, 2 * k)
+    for at in torch.arange(len(rows)).split(max(1, 2**25 // data.sae.d_sae)):
+        fires = [(data.sae.encode(z[rows[at]]) > 0).float() for z in data.z]
+        every += few[:, at] @ (fires[0] - fires[1])
+        kept += many[:, at] @ (fires[0] - fires[1])[:, ours]
+    shares = []
+    for row in every:
+        again = stage2.select_latents(row, torch.zeros_like(row), k)
+        shares.append(sum(len(np.intersect1d(a, b)) for a, b in zip(ours.chunk(2), again.chunk(2))) / (2 * k))
+    low, high = np.quantile((kept / many.sum(1, keepdim=True)).numpy(), (0.025, 0.975), axis=0)
+    return {"k": k, "draws": draws, "mean": float(np.mean(shares)), "least": float(min(shares))}, (low, high)
+
+
+def ablation_test(data, model, draws=20):
+    """Do the latents that tell train pairs apart do so on test? Set their scores to the mean there, against random ones of equal
+    total |weight| → {number: {top, random: summary; fall: how much more accuracy the top ones cost}}.
+
+    An intervention on the head's input, not on the language model.
+    """
+    parts = [model.contributions(z[data.split == TRAIN]) for z in data.z]
+    adds = (parts[0] - parts[1]).mean(0)
+    weight = (torch.cat(parts).abs().mean(0) if "w2" in model.head else model.head["w1"].abs()).numpy()
+    test = data.split == TEST
+    scores, groups = [model.scores_of(z[test]) for z in data.z], data.group[test.numpy()]
+
+    def without(latents):
+        a, b = (stage3.apply_head(model.head, x.index_fill(1, torch.as_tensor(latents), 0.0)) for x in scores)
+        return (a - b).numpy()
+    order, rng, result = adds.argsort(descending=True, stable=True).numpy(), np.random.default_rng(0), {}
+    for m in sorted({1, len(order) // 8, len(order) // 4} - {0}):
+        drawn = []
+        for _ in range(draws):                      # as many others as it takes to reach the same total |weight|
+            others = rng.permutation(order[m:])
+            drawn.append(without(others[:1 + int((weight[others].cumsum() < weight[order[:m]].sum()).sum())]))
+        top, chance = without(order[:m])[None], np.stack(drawn)
+        result[str(m)] = {"top": summary(top, groups), "random": summary(chance, groups),
+                          "fall": dict(zip(("mean", "low", "high"), bootstrap(points(chance) - points(top), groups)))}
+    return result
+
+
+def fold(data, model):
+    """A linear head is one vector u of the residual stream: its cosine to the mean of chosen minus rejected on train, and to the
+    dense head's vector (trained with the same search)."""
+    if "w2" in model.head:
+        return None
+    train, (u, _) = data.split == TRAIN, model.vector()
+    _, heads, _, _ = stage3.fit_best(*standardise(*data.z, data.split), data.split, DENSE, (0,), **data.head_meta["settings"])
+    _, std = stage2.standardisation(data.z, train)
+    cosine = lambda other: float(F.cosine_similarity(u, other, 0))
+    return {"norm": float(u.norm()), "cosine_mean_difference": cosine((data.z[0][train] - data.z[1][train]).mean(0)),
+            "cosine_dense": cosine(heads[0]["w1"] / std)}
+
+
+def most_wrong(data, difference, count=10):
+    """The test pairs ranked wrong with the greatest confidence."""
+    rows = (data.split == TEST).nonzero().flatten().tolist()
+    wrong = [n for n in np.argsort(difference, kind="stable")[:count] if difference[n] < 0]
+    return [{"id": data.pairs[rows[n]]["id"], "difference": float(difference[n]),
+             "confidence": float(1 / (1 + math.exp(difference[n] / float(data.head["temperature"])))),
+             "prompt": page.last_turn(data.pairs[rows[n]]["prompt"]),
+             **{side: data.pairs[rows[n]][side][:600] for side in ("chosen", "rejected")}} for n in wrong]
+
+
+def in_words(result, sae_warnings):
+    """What a reader should not overlook → list of sentences."""
+    found = [f"{name.replace('_', ' ')} ({row['mean']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]): {SAYS[name]}"
+             for name, row in result["differences"].items() if name in SAYS and row["low"] <= 0 <= row["high"]]
+    found += [f"{name.replace('_', ' ')} ({row['mean']:+.3f}): measurably better than SparseRM here"
+              for name, row in result["differences"].items() if row["high"] < 0]
+    return found + [f"SAE: {w}" for w in sae_warnings]
 
 
 # ---------------------------------------------------------------- the stage
@@ -327,6 +425,11 @@ def other_set(data, name, run):
     return summary((rewards[0] - rewards[1])[None], group[test.numpy()])
 
 
+def open_backbone(data, args):
+    """The language model for --texts; None where none are asked for."""
+    return stage3.RewardModel.load(data.run / "reward_head.safetensors", device=args.device).backbone if args.texts else None
+
+
 def evaluate(data, args):
     """→ (evaluation, timings): everything of evaluation.json."""
     test = (data.split == TEST)
@@ -338,6 +441,9 @@ def evaluate(data, args):
         times[name] = round(time.perf_counter() - started, 2)
         return result
     others = {name: other_set(data, name, run) for name, run in args.other}        # first: what is refused costs no time
+    model = stage3.RewardModel(data.head, data.head_meta, None)
+    stability, intervals = timed("stability", lambda: resampled_selection(data))
+    latents = timed("latents", lambda: page.latent_rows(data, model, open_backbone(data, args), intervals, args.texts))
     reward = [head_rewards(data, z[test]) for z in data.z]
     found = {"sparserm": (data.head_meta["k"], (reward[0] - reward[1])[None]), **timed("controls", lambda: controls(data, seeds))}
     result = {"accuracy": {name: {**summary(d, groups), "choice": choice} for name, (choice, d) in found.items()}, "differences": {}}
@@ -348,7 +454,7 @@ def evaluate(data, args):
     result["length"] = length_figures(*reward, *(t[test.numpy()] for t in data.tokens))
     result["curves"] = {}
     if args.sweeps != "none":
-        result["curves"]["k"] = timed("k curve", lambda: k_curve(data, seeds))
+        result["curves"]["k"] = timed("k curve", lambda: k_curve(data, seeds, result["accuracy"]["dense"]))
     if args.sweeps == "full":
         result["curves"]["pairs"] = timed("pairs curve", lambda: pairs_curve(data, seeds))
     trained = sum(data.head[n].numel() for n in ("w1", "b1", "w2", "b2") if n in data.head)
@@ -359,6 +465,11 @@ def evaluate(data, args):
     result["run"] = {n: data.meta[n] for n in ("model", "layer", "token", "sae")} | {
         "k": data.head_meta["k"], "settings": data.head_meta["settings"],
         "pairs": {name: int((data.split == s).sum()) for s, name in enumerate(stage1.SPLITS)}}
+    result["stability"], result["latents"] = stability, latents
+    result["explanations"] = timed("explanations", lambda: ablation_test(data, model))
+    result["fold"] = fold(data, model)
+    result["wrong"] = most_wrong(data, reward[0] - reward[1])
+    result["warnings"] = in_words(result, data.meta["warnings"])
     return result, times
 
 
@@ -370,10 +481,15 @@ def parse_args():
     p.add_argument("--sweeps", choices=("none", "small", "full"), default="small",
                    help="curves: none, K, or K and number of pairs (default small)")
     p.add_argument("--seeds", type=int, default=5, help="draws of random directions, latents and labels (default 5)")
+    p.add_argument("--texts", type=int, default=3, help="texts shown at either end of a latent; 0 needs no language model (default 3)")
+    p.add_argument("--explain", nargs="+", metavar="ID", help="only this: why one response scores higher; the id of a pair, or PROMPT A B")
+    p.add_argument("--device", default="auto", help="of the language model, for --texts and --explain (default auto)")
     p.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = p.parse_args()
     if args.seeds < 1:
         raise stage1.UserError(f"at least one draw is needed · --seeds {args.seeds} · pass a number from 1")
+    if args.texts < 0:
+        raise stage1.UserError(f"--texts is a number from 0 · --texts {args.texts} · 0 needs no language model")
     for text in args.other:
         if "=" not in text:
             raise stage1.UserError(f"--other needs NAME=DIR · {text} · e.g. --other safe=runs/demo-safe")
@@ -384,24 +500,27 @@ def parse_args():
 def main():
     args = parse_args()
     data = Data(args.run, args.sae)
+    if args.explain:
+        asked = page.pair_to_explain(data, args.explain)            # before the language model is opened
+        return page.explain_pair(data, stage3.RewardModel.load(data.run / "reward_head.safetensors", device=args.device), *asked)
     out, parent = Path(args.run) / "evaluation.json", parents(args, data)
     found = json.loads(out.read_text("utf-8")) if out.exists() else {}
     if found.get("parent") != parent:
         result, times = evaluate(data, args)
-        found = json.loads(json.dumps({**result, "parent": parent}), parse_float=lambda x: round(float(x), 9))
+        found = json.loads(json.dumps({**result, "parent": parent}), parse_float=lambda x: float(f"{float(x):.9g}"))
         stage1.write_text(out, json.dumps(found, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
         stage1.write_text(Path(args.run) / "timings.json", json.dumps(times, indent=1) + "\n")
-    report(args, found)
+    report(args, found, page.write_page(found, args.run))
 
 
 def parents(args, data):
     """What an evaluation depends on: the head (its lineage leads to all the rest), other runs, the settings."""
     others = {name: [stage1.file_hash(p) for p in stage2.shard_files(run, data.meta["layer"])[0]] for name, run in args.other}
     head = stage1.file_hash(Path(args.run) / "reward_head.safetensors")
-    return {"head": head, "other": others, "sweeps": args.sweeps, "seeds": args.seeds}
+    return {"head": head, "other": others, "sweeps": args.sweeps, "seeds": args.seeds, "texts": args.texts}
 
 
-def report(args, result):
+def report(args, result, written):
     """The table at the end, and in words what it says."""
     a, d = result["accuracy"], result["differences"]
     print(f"\naccuracy on {a['sparserm']['n']} test pairs of {a['sparserm']['groups']} prompts            SparseRM minus it"
@@ -416,7 +535,7 @@ def report(args, result):
         curve = result["curves"]["k"]
         ks = sorted(curve["sparserm"], key=int)
         print("\n  K a side           " + "".join(f"{k:>7}" for k in ks))
-        for name in ("sparserm", "random_directions", "random_latents", "activations"):
+        for name in ("sparserm", "random_directions", "random_latents", "activations", "dense"):
             print(f"  {name:<18} " + "".join(f"{curve[name][k]['accuracy']:>7.3f}" for k in ks))
         clear = [k for k in ks if curve["random_directions"][k]["behind"]["low"] > 0]
         print(f"  clearly above random directions at K = {', '.join(clear)}" if clear else
@@ -427,8 +546,13 @@ def report(args, result):
     print(f"\ncalibration  T {c['temperature']:.2f} · NLL {c['nll']:.3f} · Brier {c['brier']:.3f} · ECE {c['ece']:.3f}"
           f"\nlength       correlation with the reward {n['correlation']:+.2f}"
           f"\nparameters   {result['cost']['trained_parameters']:,} trained, {result['cost']['share']:.1e} of the backbone"
-          f"\nwritten      {args.run}/evaluation.json"
-          f"\n\nnext: python 05_best_of_n.py sample --prompts data/prompts.jsonl --reward {args.run}/reward_head.safetensors")
+          f"\nselection    {result['stability']['mean']:.0%} of the latents are chosen again on resampled train prompts"
+          f"\nwritten      {args.run}/evaluation.json, {', '.join(written)}")
+    for text in result["warnings"]:
+        print("note:", text)
+    print(f"\nnext: open {args.run}/report.html in a browser"
+          f"\n      python 04_evaluate.py --run {args.run} --explain {shlex.quote(result['wrong'][0]['id']) if result['wrong'] else 'ID'}"
+          f"\n      python 05_best_of_n.py sample --prompts data/prompts.jsonl --reward {args.run}/reward_head.safetensors")
 
 
 if __name__ == "__main__":

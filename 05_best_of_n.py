@@ -273,6 +273,9 @@ def pairs(args):
                 best_and_worst(read_candidates(args.candidates), reward, stage1.file_hash(args.reward)))
     if not rows:
         raise UserError(f"no pairs · {args.filter} · rows need {stage1.ACCEPTED}")
+    for row in rows:
+        if args.plain and "reason" not in row and not isinstance(row["prompt"], str):
+            row["reason"] = "the prompt is messages, --plain writes strings"
     usable = [r for r in rows if "reason" not in r]
     scores = [reward.score([r["prompt"] for r in usable], [r[side] for r in usable]) for side in ("chosen", "rejected")]
     for row, chosen, rejected in zip(usable, *scores):

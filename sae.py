@@ -17,6 +17,7 @@ import importlib
 import json
 import math
 import os
+import pickle
 import re
 import sys
 import zipfile
@@ -26,12 +27,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 
 class SAEError(ValueError):
     """A checkpoint that cannot be used; the text says what, where and what to do."""
+
+    def __init__(self, text):                       # one line, whatever names and values a file brings into it
+        super().__init__("".join(c if c.isprintable() else " " for c in text))
 
 
 @dataclass
@@ -124,7 +128,8 @@ def write_tensors(path, tensors, text):
 
 def save_sae(sae, path, dtype=torch.float32):
     """Write our own layout: the tensors, and one metadata key `sparserm` (sorted JSON)."""
-    info = {**sae.info, "stage": "sae", "activation": sae.activation, "k": sae.k, "norm": sae.norm}
+    info = {n: v for n, v in sae.info.items() if n not in ("file", "weights")}          # where it was read from
+    info |= {"stage": "sae", "activation": sae.activation, "k": sae.k, "norm": sae.norm}
     write_tensors(path, {n: getattr(sae, n).to(dtype) for n in NAMES if getattr(sae, n) is not None}, json.dumps(info, sort_keys=True))
 
 
@@ -144,9 +149,10 @@ def load_sae(path, dtype=torch.float32, device="cpu", k=None, revision=None):
         raise SAEError(f"tensor or setting {error} is missing · {weights} ({layout}) · the checkpoint is not complete") from None
     except SAEError:
         raise
-    except (TypeError, ValueError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
+    except (TypeError, ValueError, AttributeError, IndexError, RuntimeError, ArithmeticError) as error:
         raise SAEError(f"the configuration or a tensor is malformed ({error}) · {weights} ({layout}) · fetch the file again") from None
     check_shapes(sae, weights)
+    tensors.clear()                 # below each tensor is freed as soon as it is converted: never two copies of all
     sae.info.setdefault("layout", layout)
     sae.info.update(file=weights.name, weights=str(weights))
     for name in NAMES:
@@ -175,7 +181,7 @@ def find_checkpoint(path, revision=None):
             if not config and (folder / name).is_file() and (folder == path.parent or path.parent.name == "checkpoints"):
                 try:
                     config = json.loads((folder / name).read_text("utf-8"))
-                except ValueError as error:
+                except (ValueError, OSError, RecursionError) as error:
                     raise SAEError(f"not valid JSON ({error}) · {folder / name} · fetch the file again") from None
     if not isinstance(config, dict):
         raise SAEError(f"the configuration is not a JSON object · beside {path} · fetch the file again")
@@ -198,25 +204,56 @@ def fetch(name, revision=None):
 
 
 def read_tensors(path):
-    """A weights file → (dict of tensors, our metadata or {})."""
+    """A weights file → (dict of tensors, our metadata or {}). Sizes are compared with the file's before memory is taken."""
     try:
         if path.suffix == ".npz":
+            check_npz(path)
             with np.load(path, allow_pickle=False) as file:
-                return {n: torch.from_numpy(np.asarray(file[n])) for n in file.files}, {}
+                return {n: torch.from_numpy(file[n]) for n in file.files}, {}
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 own = json.loads((file.metadata() or {}).get("sparserm", "{}"))
+                if not isinstance(own, dict):
+                    raise ValueError("the metadata sparserm is not a JSON object")
                 return {n: file.get_tensor(n) for n in file.keys()}, own
+        check_pt(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (SafetensorError, OSError, ValueError, RuntimeError, EOFError, KeyError, ImportError, zipfile.BadZipFile) as error:
+        if not isinstance(loaded, dict):
+            raise ValueError("not a dictionary of tensors")
+        tensors = {n: torch.as_tensor(t) for n, t in loaded.items() if isinstance(n, str) and isinstance(t, (torch.Tensor, int, float))}
+        size = path.stat().st_size
+        wrong = [n for n, t in tensors.items() if t.layout != torch.strided or t.is_meta or t.numel() * t.element_size() > size]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is sparse, without numbers or larger than the file")
+        return tensors, {}
+    except pickle.UnpicklingError:
+        raise SAEError(f"refused: the pickle holds more than tensors, or is damaged · {path} · ask the author for safetensors") from None
+    except Exception as error:      # the readers raise all sorts: OSError, BadZipFile, zlib.error, TypeError, MemoryError …
         raise SAEError(f"not a readable checkpoint ({str(error).splitlines()[0] if str(error) else type(error).__name__}) · "
                        f"{path} · fetch the file again") from None
-    except Exception as error:      # pickle.UnpicklingError: something else than tensors inside
-        raise SAEError(f"refused: the pickle holds more than tensors ({type(error).__name__}) · {path} · "
-                       "ask the author for safetensors") from None
-    if not isinstance(loaded, dict):
-        raise SAEError(f"not a dictionary of tensors · {path} · ask the author for the state dict")
-    return {n: torch.as_tensor(t) for n, t in loaded.items() if isinstance(t, (torch.Tensor, int, float))}, {}
+
+
+def check_npz(path):
+    """Refuse an archive that unpacks to far more than its size, and arrays whose header claims other than what is there."""
+    with zipfile.ZipFile(path) as file:
+        if sum(item.file_size for item in file.infolist()) > 16 * path.stat().st_size + (1 << 20):
+            raise ValueError("it unpacks to more than 16 times its size")
+        for item in file.infolist():
+            with file.open(item) as member:
+                old = np.lib.format.read_magic(member) == (1, 0)
+                shape, _, dtype = (np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0)(member)
+                if not dtype.hasobject and math.prod(shape) * dtype.itemsize != item.file_size - member.tell():
+                    raise ValueError(f"{item.filename} says {list(shape)} and holds {item.file_size} bytes")
+
+
+def check_pt(path):
+    """torch.load compares no checksum, and takes the bytes of a compressed part as they lie there."""
+    with zipfile.ZipFile(path) as file:
+        if any(item.compress_type != zipfile.ZIP_STORED for item in file.infolist()):
+            raise ValueError("the .pt is compressed")
+        damaged = any(item.CRC for item in file.infolist()) and file.testzip()      # all 0: saved without checksums
+        if damaged:
+            raise ValueError(f"wrong checksum of {damaged}")
 
 
 # A layout is told by the names of its tensors (first match), never by a folder's name.
@@ -267,8 +304,9 @@ def hook_layer(name):
     return int(found[1]) if found else None
 
 
-def fold_scale(sae, scale_in, scale_out, why):
+def fold_scale(sae, scale_in, scale_out, why, path):
     """Trained on scale_in · z, its output scale_out · z: put both into the weights; f stays what it was."""
+    check_shapes(sae, path)
     sae.W_enc = sae.W_enc.float() * scale_in
     sae.b_in = sae.b_in.float() / scale_in
     sae.W_dec, sae.b_dec = sae.W_dec.float() / scale_out, sae.b_dec.float() / scale_out
@@ -290,6 +328,8 @@ def gate_by_norm(sae, path):
 
 def full(value, like):
     """A scalar threshold → one for each latent [d_sae]."""
+    if isinstance(value, torch.Tensor) and not value.is_floating_point():
+        raise TypeError("the threshold is not a float tensor")
     value = torch.as_tensor(value, dtype=torch.float32).flatten()
     return value.expand(len(like)).clone() if len(value) == 1 else value
 
@@ -336,7 +376,7 @@ def from_saelens(t, config, path, k):
               b_dec if config.get("apply_b_dec_to_input", True) else torch.zeros_like(b_dec), names[kind],
               norm=norm if norm in ("constant_norm_rescale", "layer_norm") else "none",
               info={"model": meta.get("model_name"), "hook": meta.get("hook_name") or meta.get("hook_point"),
-                    "layer": hook_layer(meta.get("hook_name") or meta.get("hook_point"))})
+                    "layer": hook_layer(meta.get("hook_name") or meta.get("hook_point")), "neuronpedia": meta.get("neuronpedia_id")})
     if kind == "topk":
         sae.k = int(config["k"])
         sae = gate_by_norm(sae, path) if config.get("rescale_acts_by_decoder_norm") else sae
@@ -349,7 +389,7 @@ def from_saelens(t, config, path, k):
         if not scale:
             raise SAEError(f"refused: normalize_activations expected_average_only_in without norm_scaling_factor · {path} · "
                            "the scale of the data set is not in the file; fold it with SAELens and save again")
-        sae = fold_scale(sae, float(scale), float(scale), f"input scale {scale:.6g}")
+        sae = fold_scale(sae, float(scale), float(scale), f"input scale {scale:.6g}", path)
     return sae
 
 
@@ -364,7 +404,10 @@ def from_sparsify(t, config, path, k):
 
 
 def from_openmoss(t, config, path, k):
-    """Llama Scope and newer: trained on √d / (mean norm) · z; the gate may look at decoder norms."""
+    """Llama Scope and newer: trained on √d / (mean norm) · z; the gate may look at decoder norms.
+
+    The scalar jump_relu_threshold is in units of the raw stream, a log_jumprelu_threshold tensor in those of training.
+    """
     new = "W_E" in t
     W_enc, b_enc = (t["W_E"], t["b_E"]) if new else (t["encoder.weight"].T, t["encoder.bias"])
     W_dec, b_dec = (t["W_D"], t["b_D"]) if new else (t["decoder.weight"].T, t["decoder.bias"])
@@ -374,24 +417,26 @@ def from_openmoss(t, config, path, k):
     norm = config.get("norm_activation", "dataset-wise")
     hook = config.get("hook_point_in") or config.get("hook_point") or ""
     model = config.get("model_name") or (re.findall(r"Llama3_1-8B-Base", str(path)) or [None])[0]
+    stored = {side: t.get(f"dataset_average_activation_norm.{config.get(f'hook_point_{side}')}") for side in ("in", "out")}
+    mean = config.get("dataset_average_activation_norm") or (None if None in stored.values() else {n: float(v) for n, v in stored.items()})
+    root = math.sqrt(W_enc.shape[0])
     sae = SAE(W_enc, b_enc, W_dec, b_dec, b_dec if config.get("apply_decoder_bias_to_pre_encoder") else torch.zeros_like(b_dec),
               act, norm="constant_norm_rescale" if norm == "token-wise" else "none",
               info={"hook": hook, "layer": hook_layer(hook), "model": model})
     if act == "topk":
         sae.k = int(k or config["top_k"])
     if act == "jumprelu":
-        stored = t.get("log_jumprelu_threshold")
-        sae.threshold = full(stored.float().exp() if stored is not None else config["jump_relu_threshold"], b_enc)
+        stored = t.get("log_jumprelu_threshold", t.get("activation_function.log_jumprelu_threshold"))
+        in_raw_units = root / mean["in"] if mean and norm == "dataset-wise" else 1.0      # only the number in the config is
+        sae.threshold = full(stored, b_enc).exp() if stored is not None else full(config["jump_relu_threshold"] * in_raw_units, b_enc)
     if config.get("sparsity_include_decoder_norm"):
         sae = gate_by_norm(sae, path)               # before the scale: the norms as stored
     if norm == "dataset-wise":
-        mean = config["dataset_average_activation_norm"]
         if not mean:
             raise SAEError(f"refused: norm_activation dataset-wise without dataset_average_activation_norm · {path} · "
                            "the scale is not in the file")
-        root = math.sqrt(W_enc.shape[0])
         why = " and ".join(filter(None, [sae.info.get("folded"), f"input scale √d / {mean['in']:.6g}"]))
-        sae = fold_scale(sae, root / mean["in"], root / mean["out"], why)
+        sae = fold_scale(sae, root / mean["in"], root / mean["out"], why, path)
     elif norm not in ("inference", "token-wise"):
         raise SAEError(f"refused: norm_activation {norm} · {path} · dataset-wise, inference and token-wise are read")
     return sae
@@ -439,9 +484,12 @@ BUILD = {"sparserm": from_own, "Gemma Scope": from_gemma_scope, "SAELens": from_
          **{f"dictionary_learning{kind}": from_dictionary_learning for kind in ("", " TopK", " gated", " Matryoshka", " JumpReLU")}}
 
 
+NEEDS = {"relu": (), "topk": (), "groupmax": (), "jumprelu": ("threshold",), "gated": ("b_gate", "b_mag", "r_mag")}
+
+
 def check_shapes(sae, path):
     """Refuse tensors that do not fit together, and NaN or Inf."""
-    if sae.W_enc.dim() != 2:
+    if sae.W_enc.dim() != 2 or 0 in sae.W_enc.shape:
         raise SAEError(f"W_enc has shape {list(sae.W_enc.shape)}, expected [d_model, d_sae] · {path} · not an SAE")
     d, m = sae.W_enc.shape
     shapes = {"W_dec": (m, d), "b_dec": (d,), "b_in": (d,)}
@@ -454,10 +502,14 @@ def check_shapes(sae, path):
                            "the checkpoint is damaged or mislabelled")
         if not tensor.is_floating_point() or not torch.isfinite(tensor.sum(dtype=torch.float32)):
             raise SAEError(f"{name} holds NaN or Inf, or is not a float tensor · {path} · fetch the file again")
-    if sae.activation in ("topk", "groupmax") and not 0 < sae.k <= m or (sae.activation == "groupmax" and m % sae.k):
+    if str(sae.activation) not in NEEDS or sae.norm not in ("none", "constant_norm_rescale", "layer_norm"):
+        raise SAEError(f"activation {sae.activation!r}, norm {sae.norm!r} · {path} · fetch the file again")
+    if sae.activation in ("topk", "groupmax") and not (type(sae.k) is int and 0 < sae.k <= m) or (
+            sae.activation == "groupmax" and m % sae.k):
         raise SAEError(f"k = {sae.k} does not fit {m} latents · {path} · pass the right k")
-    if sae.activation == "jumprelu" and sae.threshold is None:
-        raise SAEError(f"tensor threshold is missing · {path} · the checkpoint is not complete")
+    missing = [name for name in NEEDS[sae.activation] if getattr(sae, name) is None]
+    if missing:
+        raise SAEError(f"tensor {missing[0]} is missing · {path} · the checkpoint is not complete")
 
 
 # ---------------------------------------------------------------- health, on a model's own activations
@@ -576,8 +628,9 @@ def train(backbone, texts, layer, args, progress=print):
         if step >= steps:
             break
     sae.info.update(model=backbone.meta["model"], template=backbone.meta["template"], texts=Path(args.texts).name,
-                    held_out={"all": every, "scored": ends}, tokens=steps * args.batch,
-                    settings={n: getattr(args, n) for n in ("k", "end_share", "cuts", "lr", "batch", "buffer", "seed", "max_length")})
+                    held_out={"all": every, "scored": ends}, tokens=steps * args.batch, start=args.start and Path(args.start).name,
+                    settings={n: getattr(args, n) for n in ("k", "end_share", "cuts", "turns", "lr", "batch", "buffer", "seed",
+                                                             "max_length")})
     save_sae(sae, args.out, torch.float16)
     checkpoint_path(args).unlink(missing_ok=True)       # only now: a kill in between loses nothing
     return sae
@@ -587,10 +640,12 @@ def stream_batches(backbone, texts, layer, args, generator):
     """Yield (all [b, d], scored [e, d]) for ever, mixed by a shuffle buffer; scored ones are drawn from the newest."""
     rng = np.random.default_rng(args.seed)
     pool, ends, ahead = [], torch.empty(0), 0
+    talks = [t for t in texts if not isinstance(t, str)]
     take = args.batch - int(args.batch * args.end_share)
     while True:
         for at in range(0, len(texts), 64):
-            for every, last in activations(backbone, texts[at:at + 64], layer, args.max_length, args.cuts, rng):
+            some = [longer_talk(t, talks, args.turns, rng) for t in texts[at:at + 64]]
+            for every, last in activations(backbone, some, layer, args.max_length, args.cuts, rng):
                 pool.append(every)
                 ends = torch.cat([ends.view(-1, last.shape[1]), last])[-args.buffer:]
                 ahead += len(every)
@@ -606,6 +661,14 @@ def stream_batches(backbone, texts, layer, args, generator):
             args.buffer = max(args.batch, ahead)
 
 
+def longer_talk(text, talks, turns, rng):
+    """Half of the conversations go on from up to `turns` - 1 others: the end of a later turn is not the end of a first one."""
+    if isinstance(text, str) or turns < 2 or rng.random() < 0.5:
+        return text
+    before = [talks[i] for i in rng.integers(len(talks), size=rng.integers(1, turns))]
+    return [turn for talk in [*before, text] for turn in talk if turn["role"] != "system"]
+
+
 def start_state(first, args, generator):
     """Parameters, Adam and what is counted. Inputs are scaled to norm √d while training; folded at the end."""
     every, ends = first
@@ -614,6 +677,12 @@ def start_state(first, args, generator):
     W_dec = F.normalize(torch.randn(args.width, d, generator=generator), dim=1)
     b_dec = (every * scale).mean(0)
     parameters = {"W_enc": W_dec.T.clone(), "b_enc": torch.zeros(args.width), "W_dec": W_dec, "b_dec": b_dec}
+    if args.start:
+        sae = load_sae(args.start)
+        if (sae.activation, sae.norm, tuple(sae.W_enc.shape)) != ("topk", "none", (d, args.width)) or not torch.equal(sae.b_in, sae.b_dec):
+            raise SAEError(f"training cannot go on from a {sae.activation} SAE {sae.d_model} → {sae.d_sae} · --start {args.start} · a TopK "
+                           f"SAE of width {args.width} that subtracts b_dec, on a model of width {d}, is needed")
+        parameters = {"W_enc": sae.W_enc, "b_enc": sae.b_enc * scale, "W_dec": sae.W_dec, "b_dec": sae.b_dec * scale}
     parameters = {n: p.requires_grad_() for n, p in parameters.items()}
     variance = [float((x * scale).var(0).sum()) if len(x) > 1 else 1.0 for x in (every, ends)]
     return {**parameters, "scale": scale, "variance": variance, "step": 0, "idle": torch.zeros(args.width),
@@ -673,7 +742,8 @@ def save_checkpoint(state, args):
 
 def training_key(args):
     """The settings a checkpoint must share with the command that goes on from it."""
-    names = ("model", "layer", "texts", "width", "k", "end_share", "cuts", "tokens", "batch", "lr", "seed", "max_length", "dead_after")
+    names = ("model", "layer", "texts", "start", "width", "k", "end_share", "cuts", "turns", "tokens", "batch", "lr", "seed",
+             "max_length", "dead_after")
     return json.dumps({n: getattr(args, n) for n in names}, sort_keys=True)
 
 
@@ -757,6 +827,8 @@ def parse_args():
     run.add_argument("--k", type=int, default=64, help="latents that may fire")
     run.add_argument("--end-share", type=float, default=0.33, help="share of scored positions in a batch")
     run.add_argument("--cuts", type=int, default=4, help="extra scored positions a conversation, its answer cut anywhere")
+    run.add_argument("--turns", type=int, default=3, help="half of the conversations are joined to up to so many turns")
+    run.add_argument("--start", help="go on from this TopK SAE, e.g. a published one that has not seen your chat template")
     run.add_argument("--tokens", type=int, default=2_000_000, help="activations to train on")
     run.add_argument("--batch", type=int, default=1024, help="activations a step")
     run.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of Adam")

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 
 import pytest
 import tiny
@@ -416,6 +417,55 @@ def test_the_same_inputs_give_the_same_bytes_in_another_process(sharded, tmp_pat
     subprocess.run([sys.executable, tiny.ROOT / "01_extract.py", *map(str, args), tmp_path / "there"], check=True, cwd=tmp_path,
                    env={**os.environ, "PYTHONHASHSEED": "7"}, capture_output=True)
     assert bytes_of(tmp_path / "here") == bytes_of(tmp_path / "there")
+
+
+def test_two_processes_share_the_shards_and_write_what_one_writes(tmp_path, folder_of):
+    pairs = tiny.save_pairs(tmp_path / "p.jsonl", stage1.SHARD_PAIRS + 40)
+    args = ["--model", folder_of("llama"), "--pairs", pairs, "--layer", 0, "--run"]
+    assert "2 computed" in succeed("01_extract", *args, tmp_path / "one")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517", "--",
+                           tiny.ROOT / "01_extract.py", *map(str, args), tmp_path / "two"], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0 and done.stdout.count("2 computed, 0 found complete") == 1, done.stderr[-2000:]     # one rank prints
+    assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
+
+
+def test_out_of_memory_halves_the_tokens_of_a_pass_and_goes_on(backbone_of, monkeypatch, capsys):
+    backbone, texts = backbone_of("llama"), [stage1.Text(some_ids(30, seed), 3, 29, 29) for seed in range(40)]
+    wanted, forward, budget = stage1.residuals(backbone, texts, [1], "last"), stage1.forward_to, backbone.budget
+
+    def small(backbone, layers, **inputs):
+        if inputs["input_ids"].numel() > 200:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(backbone, layers, **inputs)
+    monkeypatch.setattr(stage1, "forward_to", small)
+    try:
+        torch.testing.assert_close(stage1.residuals(backbone, texts, [1], "last"), wanted, rtol=1e-4, atol=1e-5)
+        assert backbone.budget <= 200 and capsys.readouterr().out.count("out of memory") == 2         # 512 → 256 → 128
+        monkeypatch.setattr(stage1, "forward_to", lambda *a, **k: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+        with pytest.raises(stage1.UserError, match="out of memory even at"):
+            stage1.residuals(backbone, texts, [1], "last")
+    finally:
+        backbone.budget = budget
+
+
+def test_pairs_are_read_a_row_at_a_time(tmp_path, folder_of, monkeypatch):
+    """Memory must not grow with the file: when a row is read, the one before is no longer held."""
+    pairs, alive, most = tiny.save_pairs(tmp_path / "p.jsonl", 50), weakref.WeakSet(), []
+
+    class Counted(dict):
+        __hash__ = object.__hash__
+    read = stage1.read_rows
+
+    def counted(path):
+        for where, row in read(path):
+            row = Counted(row)
+            alive.add(row)
+            most.append(len(alive))
+            yield where, row
+    monkeypatch.setattr(stage1, "read_rows", counted)
+    with argv("--model", folder_of("llama"), "--pairs", pairs, "--layer", 0, "--run", tmp_path / "run"):
+        stage1.main()
+    assert len(most) == 50 and max(most) <= 3
 
 
 # ---------------------------------------------------------------- bad input

@@ -122,8 +122,10 @@ def test_mean_and_std_are_those_of_both_sides_of_the_train_pairs(run):
 
 def test_a_score_that_never_changes_has_std_1(tmp_path):
     constant = torch.full((50,), 1234.567)
-    _, std = stage2.standardisation(torch.stack([constant, torch.zeros(50), torch.arange(50.0)], 1))
-    assert std[:2].tolist() == [1, 1] and std[2] == pytest.approx(np.arange(50).std())
+    side = torch.stack([constant, torch.zeros(50), torch.arange(50.0)], 1)
+    mean, std = stage2.standardisation((side, side + 1), torch.arange(50) < 40)             # the last ten are not train
+    assert std[1] == pytest.approx(0.5) and std[2] == pytest.approx(np.concatenate([np.arange(40), np.arange(1, 41)]).std())
+    assert mean[2] == pytest.approx(20) and stage2.standardisation((side, side), torch.arange(50) < 40)[1][:2].tolist() == [1, 1]
     run = save_activations(tmp_path / "run", CHOSEN, REJECTED)
     save_sae(tmp_path / "sae.safetensors", decoder=torch.zeros(D_SAE, WIDTH))
     t, _, _ = select(run, "--k", 2)

@@ -19,6 +19,11 @@ stage3 = importlib.import_module("03_train_head")
 TRAIN, DEV, TEST = range(3)
 
 
+def accuracy_of(head, chosen, rejected):
+    """Share of pairs with r_chosen > r_rejected."""
+    return (stage3.apply_head(head, chosen) > stage3.apply_head(head, rejected)).float().mean().item()
+
+
 def draw(*shape, seed):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -114,7 +119,7 @@ def test_every_head_learns_with_every_loss(kind, loss):
     chosen, rejected, split = noisy_scores(200, told=2)
     head, _ = stage3.fit_head(chosen, rejected, split, kind=kind, loss=loss, hidden=16)
     held = [(side[split == TEST]) for side in (chosen, rejected)]
-    assert stage3.accuracy(head, *held) > 0.65
+    assert accuracy_of(head, *held) > 0.65
 
 
 def test_test_pairs_never_touch_the_head():
@@ -141,9 +146,9 @@ def test_swapping_chosen_and_rejected_everywhere_turns_accuracy_a_into_1_minus_a
     chosen, rejected, split = noisy_scores()
     head, _ = stage3.fit_head(chosen, rejected, split)
     swapped, _ = stage3.fit_head(rejected, chosen, split)
-    accuracy = stage3.accuracy(head, chosen, rejected)
-    assert 0.5 < accuracy < 1 and stage3.accuracy(head, rejected, chosen) == pytest.approx(1 - accuracy)
-    assert stage3.accuracy(swapped, chosen, rejected) == pytest.approx(1 - accuracy)
+    right = accuracy_of(head, chosen, rejected)
+    assert 0.5 < right < 1 and accuracy_of(head, rejected, chosen) == pytest.approx(1 - right)
+    assert accuracy_of(swapped, chosen, rejected) == pytest.approx(1 - right)
     torch.testing.assert_close(swapped["w1"], -head["w1"])
 
 
@@ -304,7 +309,8 @@ def test_contributions_of_a_linear_head_add_up_and_those_of_an_mlp_are_ablations
     assert found["reward"] == pytest.approx(reward.score([row["prompt"]], [row["chosen"]])[0], abs=1e-4)
     parts = {c["latent"]: c for c in found["contributions"]}
     assert [parts[j]["side"] for j in reward.tensors["latents"].tolist()] == ["chosen"] * 6 + ["rejected"] * 6
-    assert (found["bias"] is None) == ("w2" in reward.head)
+    sizes = [abs(c["contribution"]) for c in found["contributions"]]
+    assert (found["bias"] is None) == ("w2" in reward.head) and sizes == sorted(sizes, reverse=True)
     if "w2" not in reward.head:
         assert sum(c["contribution"] for c in parts.values()) + found["bias"] == pytest.approx(found["reward"], abs=1e-5)
         return
@@ -314,6 +320,32 @@ def test_contributions_of_a_linear_head_add_up_and_those_of_an_mlp_are_ablations
         without[0, n] = 0           # the mean of a standardised score
         by_hand = stage3.apply_head(reward.head, x) - stage3.apply_head(reward.head, without)
         assert parts[j]["contribution"] == pytest.approx(float(by_hand), abs=1e-5)
+
+
+def test_contributions_of_many_responses_add_up_or_are_those_of_a_loop_that_sets_one_score_to_its_mean(reward):
+    z = draw(9, tiny.WIDTH, seed=6) * 3
+    found, rewards = reward.contributions(z), reward.reward_of(z)
+    assert found.shape == (9, 12) and (found.std(0) > 0).any()
+    if "w2" not in reward.head:
+        torch.testing.assert_close(found.sum(1) + reward.head["b1"], rewards, rtol=1e-4, atol=1e-4)
+    for n in range(9):
+        scores = [float(z[n] @ reward.directions[j]) for j in range(12)]
+        for j in range(12):
+            mean = scores[:j] + [float(reward.mean[j])] + scores[j + 1:]            # as if response n had the mean score on j
+            without = stage3.apply_head(reward.head, ((torch.tensor([mean]) - reward.mean) / reward.std))
+            assert float(found[n, j]) == pytest.approx(float(rewards[n] - without[0]), abs=2e-4)
+
+
+def test_an_mlp_that_computes_a_linear_head_has_the_contributions_of_that_head():
+    w, z = draw(4, seed=1), draw(7, 5, seed=2)
+    common = {"directions": draw(4, 5, seed=3), "mean": draw(4, seed=4), "std": draw(4, seed=5).abs() + 0.5, "temperature": torch.ones(1)}
+    pair = torch.cat([torch.eye(4), -torch.eye(4)])                                 # relu(x) - relu(-x) = x
+    linear, mlp = (stage3.RewardModel(common | head, {}, None) for head in (
+        {"w1": w, "b1": torch.ones(1)}, {"w1": pair, "b1": torch.zeros(8), "w2": torch.cat([w, -w]), "b2": torch.ones(1)}))
+    torch.testing.assert_close(linear.reward_of(z), mlp.reward_of(z))
+    torch.testing.assert_close(linear.contributions(z), mlp.contributions(z))
+    by_hand = [[float(w[j] * (z[n] @ common["directions"][j] - common["mean"][j]) / common["std"][j]) for j in range(4)] for n in range(7)]
+    torch.testing.assert_close(linear.contributions(z), torch.tensor(by_hand))
 
 
 def test_a_linear_head_folded_to_one_vector_gives_the_same_rewards(reward):

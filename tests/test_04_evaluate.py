@@ -1,6 +1,7 @@
 """Stage 4, against numbers worked by hand, plain loops, and the reward model itself."""
 
 import argparse
+import base64
 import importlib
 import json
 import math
@@ -56,7 +57,7 @@ def test_a_tie_is_wrong_and_is_a_half_under_the_half_point_rule():
 
 
 def evaluated(run):
-    return stage4.evaluate(stage4.Data(run), argparse.Namespace(seeds=1, sweeps="none", other=[]))[0]
+    return stage4.evaluate(stage4.Data(run), argparse.Namespace(seeds=1, sweeps="none", other=[], texts=0))[0]
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +72,14 @@ def test_differences_are_taken_pair_by_pair_and_a_tie_is_a_half(finished, monkey
     test = data.split == TEST
     own = np.subtract(*(stage4.head_rewards(data, z[test]) for z in data.z))[None]
     a = float((own > 0).mean())
-    monkeypatch.setattr(stage4, "controls", lambda data, seeds: {"same": (1, own), "mirrored": (1, -own)})
+    same, mirrored = "dense", "words"
+    monkeypatch.setattr(stage4, "controls", lambda data, seeds: {same: (1, own), mirrored: (1, -own)})
     found = evaluated(finished)
-    assert 0 < a < 1 and found["accuracy"]["same"]["low"] < a < found["accuracy"]["same"]["high"]
-    assert found["differences"]["same"] == {"mean": 0, "low": 0, "high": 0}        # right on the same pairs: no doubt at all
+    assert 0 < a < 1 and found["accuracy"][same]["low"] < a < found["accuracy"][same]["high"]
+    assert found["differences"][same] == {"mean": 0, "low": 0, "high": 0}          # right on the same pairs: no doubt at all
     # +1 where the head is right, -1 where it is wrong: twice the accuracy, less 1, and so is the interval
     b = found["accuracy"]["sparserm"]
-    assert found["differences"]["mirrored"] == pytest.approx({n: 2 * b[m] - 1 for n, m in
+    assert found["differences"][mirrored] == pytest.approx({n: 2 * b[m] - 1 for n, m in
                                                               (("mean", "accuracy"), ("low", "low"), ("high", "high"))})
 
 
@@ -148,6 +150,146 @@ def test_shuffled_labels_swap_both_sides_of_half_of_train_and_dev_and_leave_test
     assert not torch.equal(a, stage4.shuffled_sides([*z], split, 1)[0])
 
 
+# ---------------------------------------------------------------- are the latents, and what is said of them, worth believing
+
+def test_bootstrap_weights_count_how_often_a_plain_loop_drew_the_group_of_a_row():
+    groups = np.array([70, 5, 70, 9, 5, 70, 33])
+    weights, rng = stage4.bootstrap_weights(groups, 40, seed=3), np.random.default_rng(3)
+    for row in weights.tolist():
+        drawn = [(5, 9, 33, 70)[i] for i in rng.integers(4, size=4)]
+        assert row == [drawn.count(g) for g in groups]
+    assert weights.shape == (40, 7) and weights.dtype == torch.float32 and len({tuple(row) for row in weights.tolist()}) > 10
+
+
+def fake_data(z, split, **fields):
+    """As much of Data as a test needs. The SAE is the identity: column j of z is latent j and direction j."""
+    chosen, rejected = (torch.as_tensor(side, dtype=torch.float32) for side in z)
+    width = chosen.shape[1]
+    sae = argparse.Namespace(encode=lambda x: x.relu(), d_sae=width, W_dec=torch.eye(width))
+    return argparse.Namespace(z=[chosen, rejected], split=torch.as_tensor(split), group=np.arange(len(chosen)), sae=sae, **fields)
+
+
+def test_latents_that_always_tell_are_selected_on_every_resample_and_the_intervals_are_those_of_resampled_rows(monkeypatch):
+    rng = np.random.default_rng(0)
+    z = rng.choice([-1.0, 1.0], (2, 60, 40))
+    for side, always, never in ((0, [3, 7], [11, 20]), (1, [11, 20], [3, 7])):
+        z[side][:, always], z[side][:, never] = 1, -1
+    z[0, :15, 7] = -1                                           # latent 7: in three quarters of the chosen responses
+    z[1, 50:] *= -1                                             # those are no train pairs
+    data = fake_data(z, [TRAIN] * 50 + [DEV, TEST] * 5, head={"latents": torch.tensor([3, 7, 11, 20])})
+    data.group = np.repeat(np.arange(20), 3)
+    monkeypatch.setattr(stage4, "DRAWS", 300)
+    found, (low, high) = stage4.resampled_selection(data, draws=5)
+    assert found == {"k": 2, "draws": 5, "mean": 1, "least": 1}
+    assert (low[0], high[0], low[2], high[2]) == (1, 1, -1, -1) and 0 < low[1] < 35 / 50 < high[1] <= 1
+    for n, j in enumerate((3, 7, 11, 20)):
+        means = []
+        for weights in stage4.bootstrap_weights(data.group[:50], 300).tolist():
+            rows = [i for i, w in enumerate(weights) for _ in range(int(w))]
+            means.append(statistics.mean([float(z[0, i, j] > 0) - float(z[1, i, j] > 0) for i in rows]))
+        first, *_, last = statistics.quantiles(means, n=40, method="inclusive")
+        assert (low[n], high[n]) == pytest.approx((first, last), abs=1e-5)
+
+
+def test_the_interval_of_a_frequency_difference_is_close_to_the_one_of_the_normal_law_and_noise_is_not_selected_again():
+    z = np.random.default_rng(1).normal(size=(2, 400, 60))      # d_sae 60: any four are as good
+    data = fake_data(z, [TRAIN] * 400)
+    data.head = {"latents": torch.tensor([0, 1, 2, 3])}
+    found, (low, high) = stage4.resampled_selection(data)
+    for n in range(4):
+        d = (z[0, :, n] > 0).astype(float) - (z[1, :, n] > 0)
+        half = 1.96 * d.std() / 20
+        assert (low[n], high[n]) == pytest.approx((d.mean() - half, d.mean() + half), abs=0.015)
+    assert found["mean"] < 0.4
+    frequency = [torch.tensor((side > 0).mean(0)) for side in z]
+    data.head = {"latents": stage4.stage2.select_latents(*frequency, 2)}                   # chosen on these very pairs
+    again = stage4.resampled_selection(data)[0]
+    assert found["mean"] < again["mean"] < 1 and again["least"] < again["mean"]
+
+
+def planted_model(weights, kind="linear", **tensors):
+    """A reward model whose directions are the unit vectors: r = Σ w_j z_j, as a linear head or as an MLP that computes the same."""
+    w, m, one = torch.tensor(weights), len(weights), torch.eye(len(weights))
+    head = {"w1": w, "b1": torch.zeros(1)}
+    if kind == "mlp":                                           # relu(x) - relu(-x) = x
+        head = {"w1": torch.cat([one, -one]), "b1": torch.zeros(2 * m), "w2": torch.cat([w, -w]), "b2": torch.zeros(1)}
+    common = {"directions": one, "mean": torch.zeros(m), "std": torch.ones(m), "temperature": torch.ones(1)}
+    return stage3.RewardModel({**common, **head, **tensors}, {}, None)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_without_the_direction_that_carries_everything_accuracy_falls_to_chance_and_without_all_others_it_does_not(kind):
+    rng = np.random.default_rng(0)
+    z = rng.choice([-1.0, 1.0], (2, 160, 16))
+    z[:, 80:, 1:] = z[::-1, :80, 1:]                            # the other columns say the opposite of pair n about pair 80 + n
+    z[0, :, 5], z[1, :, 5] = 1, -1
+    data, weights = fake_data(z, [TRAIN, TEST] * 80), [1.0] * 16
+    weights[5] = 40.0                                           # more than all others together
+    found = stage4.ablation_test(data, planted_model(weights, kind), draws=6)
+    assert set(found) == {"1", "2", "4"}
+    top, chance, fall = (found["1"][n] for n in ("top", "random", "fall"))
+    right = statistics.mean(float(a > b) + (a == b) / 2 for a, b in zip(*np.delete(z[:, 1::2], 5, axis=2).sum(2)))
+    assert top["ties_half"] == pytest.approx(right) and 0.35 < right < 0.65
+    assert chance["accuracy"] == 1 and fall["mean"] == pytest.approx(1 - right) and fall["low"] > 0.3
+    assert len(top["seeds"]) == 1 and len(chance["seeds"]) == 6 and top["n"] == top["groups"] == 80
+
+
+def test_random_directions_are_taken_until_their_total_weight_reaches_that_of_the_top_ones(monkeypatch):
+    rng, removed, real = np.random.default_rng(2), [], stage3.apply_head
+    weights = rng.uniform(0.5, 2, 24).tolist()
+    weights = [-w if n % 2 else w for n, w in enumerate(weights)]
+    z = rng.normal(size=(2, 60, 24))
+    data, model = fake_data(z, [TRAIN] * 40 + [TEST] * 20), planted_model(weights)
+    monkeypatch.setattr(stage3, "apply_head", lambda head, x: removed.append((x == 0).all(0).nonzero().flatten().tolist()) or real(head, x))
+    stage4.ablation_test(data, model, draws=5)
+    order = np.argsort(-(z[0, :40] - z[1, :40]).mean(0) * weights).tolist()
+    size = lambda latents: sum(abs(weights[j]) for j in latents)
+    assert len(removed) == 3 * 2 * (5 + 1)                      # m = 1, 3, 6; both sides
+    for m, calls in zip((1, 3, 6), (removed[:12], removed[12:24], removed[24:])):
+        tops = [r for r in calls if r == sorted(order[:m])]
+        others = [r for r in calls if r != sorted(order[:m])]
+        assert len(tops) == 2 and len({tuple(r) for r in others}) > 1 and not any(set(order[:m]) & set(r) for r in others)
+        for r in others:                                        # enough, and not enough without the last one
+            assert size(r) >= size(order[:m]) - 1e-5 and size(r) - max(abs(weights[j]) for j in r) < size(order[:m])
+
+
+def test_a_linear_head_as_one_vector_has_the_cosines_worked_by_hand_and_an_mlp_has_none():
+    a = np.random.default_rng(0).normal(2, 1, size=(90, 1))
+    z = a * [3, 4, 0], -a * [3, 4, 0]                           # mean of chosen minus rejected: along (3, 4, 0)
+    data = fake_data(z, [TRAIN, DEV, TEST] * 30, head_meta={"settings": {"kind": "linear", "epochs": 30}})
+    # standardised, columns 0 and 1 are the same, so that the dense head gives them one weight: along (1/3, 1/4, 0), so (4, 3, 0)
+    for w, std, norm, to_mean, to_dense in (([2.0, 0, 0], [1, 1, 1.0], 2, 3 / 5, 4 / 5), ([9.0, 24, 0], [3, 6, 1.0], 5, 1, 24 / 25),
+                                            ([0, 0, 1.0], [1, 1, 4.0], 1 / 4, 0, 0), ([-4.0, -3, 0], [1, 1, 1.0], 5, -24 / 25, -1)):
+        found = stage4.fold(data, planted_model(w, std=torch.tensor(std)))
+        assert found == pytest.approx({"norm": norm, "cosine_mean_difference": to_mean, "cosine_dense": to_dense}, abs=1e-4)
+    assert stage4.fold(data, planted_model([1.0, 2, 3], "mlp")) is None
+
+
+def test_the_most_wrong_pairs_are_those_of_test_with_the_lowest_difference_and_a_tie_is_not_wrong():
+    split = [TRAIN, TEST, TEST, DEV, TEST, TEST, TEST]
+    pairs = [{"id": f"p{n}", "prompt": f"q{n}", "chosen": "c" * 700, "rejected": f"r{n}"} for n in range(7)]
+    pairs[4]["prompt"] = [{"role": "user", "content": "first"}, {"role": "user", "content": "last"}]
+    data = argparse.Namespace(split=torch.tensor(split), pairs=pairs, head={"temperature": torch.tensor([2.0])})
+    found = stage4.most_wrong(data, np.array([-1.0, 2.0, -3.0, 0.0, -1.0]))                 # of p1, p2, p4, p5, p6
+    assert [(row["id"], row["difference"], row["prompt"]) for row in found] == [("p4", -3, "last"), ("p1", -1, "q1"), ("p6", -1, "q6")]
+    assert [row["confidence"] for row in found] == pytest.approx([0.817574, 0.622459, 0.622459], abs=1e-6)      # σ(3/2), σ(1/2)
+    assert (found[0]["chosen"], found[0]["rejected"]) == ("c" * 600, "r4")
+    assert [row["id"] for row in stage4.most_wrong(data, np.array([-1.0, 2.0, -3.0, 0.0, -1.0]), 1)] == ["p4"]
+    assert stage4.most_wrong(data, np.ones(5)) == []
+
+
+def test_a_control_is_spoken_of_unless_the_interval_of_the_difference_is_clear_of_0():
+    clear, touching, below = ({"mean": 0.1, "low": low, "high": high} for low, high in ((0.001, 0.2), (0.0, 0.2), (-0.3, -0.01)))
+    said = lambda **changed: stage4.in_words({"differences": dict.fromkeys(CONTROLS, clear) | changed}, [])
+    assert said() == [] and said(dense={"mean": -0.1, "low": -0.3, "high": 0.0}) == []
+    for name in CONTROLS - {"dense"}:
+        sentence, = said(**{name: touching})
+        assert sentence.startswith(f"{name.replace('_', ' ')} (+0.100 [+0.000, ") and stage4.SAYS[name] in sentence
+        assert said(**{name: below}) == [f"{name.replace('_', ' ')} (+0.100): measurably better than SparseRM here"]
+    assert "measurably better" in said(dense=below)[0] and len(said(words=touching, dense=below, length=below)) == 3
+    assert stage4.in_words({"differences": dict.fromkeys(CONTROLS, clear)}, ["odd"]) == ["SAE: odd"]
+
+
 # ---------------------------------------------------------------- the stage
 
 @pytest.fixture
@@ -157,8 +299,8 @@ def run(finished, tmp_path):
 
 
 def evaluate(run, *args):
-    """Run stage 4 → evaluation.json."""
-    succeed("04_evaluate", "--run", run, "--seeds", 1, *args)
+    """Run stage 4, without a language model unless --texts asks for it → evaluation.json."""
+    succeed("04_evaluate", "--run", run, "--seeds", 1, "--texts", 0, *args)
     return json.loads((run / "evaluation.json").read_text("utf-8"))
 
 
@@ -182,7 +324,7 @@ def change_run(run, change):
 
 
 def test_evaluation_json_holds_every_number_that_the_design_lists(run):
-    found = evaluate(run, "--sweeps", "full", "--seeds", 2, "--other", f"self={run}")
+    found = evaluate(run, "--sweeps", "full", "--seeds", 2, "--texts", 2, "--other", f"self={run}")
     own, curve, cost = found["accuracy"]["sparserm"], found["curves"]["k"], found["cost"]
     assert set(found["accuracy"]) == {"sparserm", *CONTROLS} and set(found["differences"]) == CONTROLS
     for name, row in found["accuracy"].items():
@@ -195,11 +337,30 @@ def test_evaluation_json_holds_every_number_that_the_design_lists(run):
     assert any(x != own["accuracy"] for x in found["accuracy"]["shuffled_labels"]["seeds"])     # unshuffled it is SparseRM itself
     keys = {"calibration": {"temperature", "nll", "brier", "ece", "bins"}, "length": {"correlation", "matched_accuracy", "matched_n"}}
     assert all(set(found[n]) == k for n, k in keys.items()) and {"explained_variance", "l0", "warnings"} <= set(found["sae"])
-    assert set(curve) == {"sparserm", "random_directions", "random_latents", "activations"}
-    assert all(set(c) == {"1", "2", "4", "8"} for c in curve.values()) and set(found["curves"]["pairs"]) == {*curve, "dense"}
+    assert set(curve) == set(found["curves"]["pairs"]) == {"sparserm", "random_directions", "random_latents", "activations", "dense"}
+    assert all(set(c) == {"1", "2", "4", "8"} for c in curve.values()) and curve["dense"]["1"] == found["accuracy"]["dense"]
     assert all(set(c) == {str(found["run"]["pairs"]["train"])} for c in found["curves"]["pairs"].values())
     assert cost["trained_parameters"] == 2 * found["run"]["k"] + 1 == pytest.approx(cost["share"] * cost["backbone_parameters"], rel=1e-3)
     assert found["other"] == {"self": {n: v for n, v in own.items() if n != "choice"}}          # its own test pairs
+    assert len(found["latents"]) == 2 * found["run"]["k"] == 2 * found["stability"]["k"] and set(found["explanations"]) >= {"1"}
+    for row in found["latents"]:
+        assert set(row) >= {"latent", "side", "frequency_chosen", "frequency_rejected", "low", "high", "weight", "tokens", "texts", "link"}
+        assert row["low"] <= row["frequency_chosen"] - row["frequency_rejected"] <= row["high"] and len(row["tokens"]) > 1
+        assert {end: len(texts) for end, texts in row["texts"].items()} == {"highest": 2, "lowest": 2}
+    assert found["fold"]["norm"] > 0 and all(-1 <= v <= 1 for n, v in found["fold"].items() if n != "norm")
+    assert 0 < found["stability"]["least"] <= found["stability"]["mean"] <= 1 and found["warnings"]
+    assert len(found["wrong"]) == min(10, round((1 - own["ties_half"]) * own["n"]))             # no ties here
+    page = (run / "report.html").read_text("utf-8")
+    shown = json.loads(page.partition('<script type="application/json" id="data">')[2].partition("</script>")[0])
+    assert shown["evaluation"] == found and set(shown["images"]) == {"accuracy", "reliability", "curve_k", "curve_pairs"}
+    assert all(base64.b64decode(image) == (run / f"{name}.png").read_bytes() for name, image in shown["images"].items())
+
+
+def test_without_texts_no_language_model_is_opened(run, monkeypatch):
+    monkeypatch.setattr(stage1, "load_backbone", lambda *_, **__: pytest.fail("a language model was opened"))
+    found = evaluate(run, "--sweeps", "none", "--texts", 0)
+    assert found["latents"] and all(row["tokens"] == [] and row["texts"] == {} for row in found["latents"])
+    assert (run / "report.html").exists() and (run / "accuracy.png").exists()
 
 
 @pytest.mark.parametrize("word, args", [("question", ["--layer", 1, 2]), ("case", ["--layer", 1, "--split", "0.1,0.1,0.8"])])
@@ -218,11 +379,13 @@ def test_the_accuracy_and_that_on_another_set_are_those_of_scoring_the_texts_of_
 
 def test_the_same_command_gives_the_same_bytes_in_another_process(run, tmp_path):
     shutil.copytree(run, tmp_path / "again")
-    evaluate(run, "--sweeps", "none")
-    commands = f"import tiny; tiny.succeed('04_evaluate', '--run', {str(tmp_path / 'again')!r}, '--seeds', 1, '--sweeps', 'none')"
+    evaluate(run, "--sweeps", "none", "--texts", 2)
+    args = ["--run", str(tmp_path / "again"), "--seeds", 1, "--sweeps", "none", "--texts", 2]
+    commands = f"import tiny; tiny.succeed('04_evaluate', *{args!r})"
     subprocess.run([sys.executable, "-c", commands], check=True,
                    env={**os.environ, "PYTHONHASHSEED": "5", "PYTHONPATH": f"{tiny.ROOT}{os.pathsep}{tiny.ROOT / 'tests'}"})
-    assert (run / "evaluation.json").read_bytes() == (tmp_path / "again/evaluation.json").read_bytes()
+    for name in ("evaluation.json", "report.html", "accuracy.png", "reliability.png"):
+        assert (run / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
 def test_a_second_call_shows_the_same_table_and_computes_nothing_unless_the_sweeps_differ(run, monkeypatch, capsys):
@@ -230,7 +393,7 @@ def test_a_second_call_shows_the_same_table_and_computes_nothing_unless_the_swee
     assert evaluate(run, "--sweeps", "none")["curves"] == {}
     before = (run / "evaluation.json").stat().st_mtime_ns
     monkeypatch.setattr(stage4, "evaluate", lambda *_: pytest.fail("computed again"))
-    with tiny.argv("--run", run, "--seeds", 1, "--sweeps", "none"):
+    with tiny.argv("--run", run, "--seeds", 1, "--sweeps", "none", "--texts", 0):
         stage4.main()
     assert "shuffled_labels" in capsys.readouterr().out and (run / "evaluation.json").stat().st_mtime_ns == before
 
@@ -268,7 +431,7 @@ def test_a_head_with_a_fixed_k_gives_the_controls_the_same_k(run):
 
 
 def refused(run, *words, args=()):
-    assert_one_line_error(command("04_evaluate", "--run", run, "--seeds", 1, "--sweeps", "none", *args), *words)
+    assert_one_line_error(command("04_evaluate", "--run", run, "--seeds", 1, "--sweeps", "none", "--texts", 0, *args), *words)
     assert not (run / "evaluation.json").exists()
 
 

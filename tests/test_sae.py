@@ -113,6 +113,7 @@ def gated(x, n):
 
 
 jumprelu_06 = partial(jumprelu, theta=0.6)
+jumprelu_raw = partial(jumprelu, theta=0.6 * np.sqrt(D) / 4)         # Llama Scope's scalar is in units of the raw stream
 jumprelu_log = partial(jumprelu, theta=np.exp(W64["log_threshold"]))
 
 
@@ -179,16 +180,20 @@ FAMILIES = [    # what it is: (layout, config, activation of the oracle, its set
     ("sparsify topk", "sparsify", {"activation": "topk", "k": K, "num_latents": M, "transcode": False}, topk),
     ("sparsify topk by default", "sparsify", {"k": K, "expansion_factor": 3, "d_in": D}, topk),
     ("sparsify groupmax", "sparsify", {"activation": "groupmax", "k": 6}, groupmax),
-    ("Llama Scope", "llama scope", moss(), jumprelu_06, SCOPE),
-    ("Llama Scope, norms", "llama scope", moss(sparsity_include_decoder_norm=True), jumprelu_06, SCOPE | NORMS),
+    ("Llama Scope", "llama scope", moss(), jumprelu_raw, SCOPE),
+    ("Llama Scope, norms", "llama scope", moss(sparsity_include_decoder_norm=True), jumprelu_raw, SCOPE | NORMS),
     ("Llama Scope topk", "llama scope", moss("topk"), topk, SCOPE),
     ("Llama Scope topk, norms", "llama scope", moss("topk", sparsity_include_decoder_norm=True), topk, SCOPE | NORMS),
-    ("Llama Scope, b_dec subtracted", "llama scope", moss(apply_decoder_bias_to_pre_encoder=True), jumprelu_06, SCOPE | {"subtract": True}),
+    ("Llama Scope, b_dec subtracted", "llama scope", moss(apply_decoder_bias_to_pre_encoder=True), jumprelu_raw,
+     SCOPE | {"subtract": True}),
     ("Llama Scope R1", "llama scope r1", moss(norm_activation="inference"), jumprelu_log, RAW),
     ("OpenMOSS inference", "openmoss", moss("topk", norm_activation="inference"), topk, RAW),
     ("OpenMOSS token-wise, norms", "openmoss", moss(norm_activation="token-wise", sparsity_include_decoder_norm=True), jumprelu_06,
      {**RAW, **NORMS, "token": "norm"}),
     ("OpenMOSS log threshold", "openmoss", moss(), jumprelu_log, SCOPE, {"log_jumprelu_threshold": random_weights()["log_threshold"]}),
+    ("OpenMOSS scale and threshold as tensors", "openmoss", moss(dataset_average_activation_norm=None), jumprelu_log,
+     RAW | {"scale": (np.sqrt(D) / 4, np.sqrt(D) / 4)}, {"activation_function.log_jumprelu_threshold": random_weights()["log_threshold"],
+                                                         f"dataset_average_activation_norm.{POST}": torch.tensor(4.0)}),
     ("dl AutoEncoder", "dl", dl("AutoEncoder"), relu),
     ("dl Gated", "dl gated", dl("GatedAutoEncoder"), gated),
     ("dl TopK", "dl topk", dl("AutoEncoderTopK"), topk, {}, scalars(0.6)),
@@ -403,8 +408,9 @@ def chats(n, seed=0):
 
 def settings(folder, steps, k=4):
     """The arguments of `sae.py train`."""
-    return SimpleNamespace(model="tiny", layer=1, texts="t.jsonl", out=str(folder / "own.safetensors"), width=48, k=k, end_share=0.33,
-                           cuts=2, tokens=steps * 64, batch=64, lr=3e-3, buffer=512, seed=0, dead_after=2000, max_length=96)
+    return SimpleNamespace(model="tiny", layer=1, texts="t.jsonl", out=str(folder / "own.safetensors"), width=48, k=k,
+                           end_share=0.33, cuts=2, turns=2, start=None, tokens=steps * 64, batch=64, lr=3e-3, buffer=512, seed=0,
+                           dead_after=2000, max_length=96)
 
 
 @pytest.mark.parametrize("texts", [chats(40), sayings(80), chats(20) + sayings(40)], ids=["chats", "plain", "both"])
@@ -457,6 +463,27 @@ def test_an_sae_in_raw_units_reconstructs_what_its_parameters_did_in_the_scaled_
     f = torch.where(pre >= pre.sort(1).values[:, -args.k, None], pre, 0)
     assert 1.2 < 1 / scale and b_dec.norm() > 1     # else raw and scaled units would hardly differ
     torch.testing.assert_close(S.finish(state, args, 1).reconstruct(z), (f @ W_dec + b_dec) / scale, rtol=1e-5, atol=1e-4)
+
+
+def test_training_goes_on_from_another_sae_and_refuses_one_of_another_kind(tmp_path, backbone):
+    args, z = settings(tmp_path, 60), torch.cat(S.sample_activations(backbone, chats(20), 1))
+    first = S.train(backbone, chats(40), 1, args, lambda line: None)
+    S.save_sae(first, tmp_path / "first.safetensors")
+    args.start, args.tokens, args.lr = str(tmp_path / "first.safetensors"), 64, 1e-6         # one step that moves nothing
+    again = S.train(backbone, chats(40), 1, args, lambda line: None)
+    torch.testing.assert_close(again.reconstruct(z), first.reconstruct(z), rtol=1e-3, atol=1e-3)
+    assert again.info["start"] == "first.safetensors"
+    args.width = 47
+    with pytest.raises(S.SAEError, match="width 47"):
+        S.train(backbone, chats(40), 1, args, lambda line: None)
+
+
+def test_half_of_the_conversations_go_on_from_others(backbone):
+    talks, rng = chats(40), np.random.default_rng(0)
+    longer = [S.longer_talk(talk, talks, 3, rng) for talk in talks]
+    assert all(long[-2:] == talk for long, talk in zip(longer, talks, strict=True))
+    assert {len(long) for long in longer} == {2, 4, 6} and 10 < sum(len(long) > 2 for long in longer) < 30
+    assert S.longer_talk("text", talks, 3, rng) == "text" and S.longer_talk(talks[0], talks, 1, rng) == talks[0]
 
 
 def test_position_0_is_in_no_batch_and_every_other_token_is_there_once(backbone):
