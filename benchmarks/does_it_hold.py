@@ -1,0 +1,88 @@
+"""Which of the paper's relations hold on several preference sets: each trained on its own train split, each head tested on all.
+
+    python benchmarks/does_it_hold.py TruthfulQA=truthfulqa.jsonl HH=hh_harmless.jsonl … --write
+
+runs stages 1 to 4 (found complete, they are not run again) into runs/does-it-hold/NAME and prints the tables of the README;
+--write puts the figures into benchmarks/results/does_it_hold.json; --tables prints the tables of that file again.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "does_it_hold.json"
+NAMES = ("sparserm", "dense", "random_directions", "random_latents", "activations", "words", "length", "shuffled_labels")
+
+
+def run_stages(sets, args):
+    """→ {name: what the tables need of its evaluation.json}."""
+    runs = {name: Path(args.out) / name for name in sets}
+
+    def stage(script, run, *more):
+        print(f"{run.name}: {script}", file=sys.stderr, flush=True)
+        subprocess.run([sys.executable, ROOT / script, "--run", run, *map(str, more)], check=True, stdout=subprocess.DEVNULL)
+    for name, file in sets.items():
+        stage("01_extract.py", runs[name], "--model", args.model, "--pairs", file, "--layer", args.layer, "--token", args.token)
+        stage("02_select_features.py", runs[name], "--sae", args.sae)
+        stage("03_train_head.py", runs[name])
+    found = {}
+    for name, run in runs.items():
+        others = [x for other in runs if other != name for x in ("--other", f"{other}={runs[other]}")]
+        stage("04_evaluate.py", run, "--sweeps", args.sweeps, *others)
+        evaluation = json.loads((run / "evaluation.json").read_text("utf-8"))
+        found[name] = {key: evaluation[key] for key in ("accuracy", "differences", "curves", "other", "calibration", "length", "sae", "run",
+                                                        "fold", "stability", "explanations")}
+    return found
+
+
+def interval(row, mean="accuracy", sign=""):
+    """.586 [.510, .660]"""
+    return "{} [{}, {}]".format(*(f"{row[n]:{sign}.3f}".replace("0.", ".", 1) for n in (mean, "low", "high")))
+
+
+def tables(found):
+    """The figures → markdown: accuracy of SparseRM and the controls; SparseRM minus each; K against random directions; other sets."""
+    head = lambda first: f"| {first} | " + " | ".join(found) + " |\n|---" * 1 + "|---" * len(found) + "|\n"
+    line = lambda name, cells: f"| {name} | " + " | ".join(cells) + " |\n"
+    text = head("test accuracy") + line("test pairs / prompts", [f"{r['accuracy']['sparserm']['n']} / {r['accuracy']['sparserm']['groups']}"
+                                                                 for r in found.values()])
+    text += line("K chosen on dev", [str(r["accuracy"]["sparserm"]["choice"]) for r in found.values()])
+    for name in NAMES:
+        text += line(name.replace("_", " "), [interval(r["accuracy"][name]) for r in found.values()])
+    text += "\n" + head("SparseRM minus")
+    for name in NAMES[1:]:
+        text += line(name.replace("_", " "), [interval(r["differences"][name], "mean", "+") for r in found.values()])
+    text += "\n" + head("minus random directions, at K =")
+    for k in (1, 2, 4, 8, 16, 32, 64, 128):
+        text += line(str(k), [interval(r["curves"]["k"]["random_directions"][str(k)]["behind"], "mean", "+")
+                              if str(k) in r["curves"]["k"]["random_directions"] else "–" for r in found.values()])
+    text += "\n" + head("trained on ↓, tested on →")
+    for name, r in found.items():
+        text += line(name, [interval(r["other"][other]) if other != name else interval(r["accuracy"]["sparserm"]) for other in found])
+    return text
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("sets", nargs="*", metavar="NAME=FILE")
+    p.add_argument("--model", default="demo")
+    p.add_argument("--layer", type=int, default=16)
+    p.add_argument("--token", default="last")
+    p.add_argument("--sae", default=str(ROOT / "assets/sae-smollm2-135m-layer16.safetensors"))
+    p.add_argument("--sweeps", default="full")
+    p.add_argument("--out", default="runs/does-it-hold")
+    p.add_argument("--write", action="store_true")
+    p.add_argument("--tables", action="store_true")
+    args = p.parse_args()
+    found = json.loads(RESULTS.read_text("utf-8")) if args.tables else run_stages(dict(s.split("=", 1) for s in args.sets), args)
+    if args.write:
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        RESULTS.write_text(json.dumps(found, indent=1, sort_keys=False) + "\n")
+    print(tables(found))
+
+
+if __name__ == "__main__":
+    main()
