@@ -663,7 +663,7 @@ def forward_to(backbone, layers, **inputs):
         try:
             hooks = [backbone.blocks[layer].register_forward_hook(keep(layer)) for layer in set(layers)]
             with torch.inference_mode():
-                backbone.model(use_cache=False, **inputs)
+                backbone.model(**{"use_cache": False, **inputs})
         except ReachedBlock:
             pass
         finally:

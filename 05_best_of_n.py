@@ -14,6 +14,7 @@ KL figure log m - (m - 1) / m is an upper bound of what choosing the best of m c
 """
 
 import argparse
+import collections
 import importlib
 import json
 import math
@@ -60,7 +61,8 @@ def draw(logits, uniform, temperature, top_p):
 
 
 def sample_candidates(backbone, prompt, n, temperature=1.0, top_p=0.95, max_new_tokens=128, seed=0, progress=None):
-    """n answers of the policy to one prompt → list of str. The prompt is computed once, its cache shared by all n."""
+    """n answers of the policy to one prompt → (list of str, what score_sampled needs). The prompt is computed once, its cache
+    shared by all n."""
     from transformers import DynamicCache
     ids = torch.tensor([prompt_ids(backbone.tokenizer, prompt)], device=backbone.device)
     ends = torch.tensor(sorted(stop_ids(backbone)), device=backbone.device)
@@ -84,7 +86,52 @@ def sample_candidates(backbone, prompt, n, temperature=1.0, top_p=0.95, max_new_
     rows = torch.stack(tokens, 1).tolist()
     stop = set(ends.tolist())
     rows = [row[:next((i for i, t in enumerate(row) if t in stop), len(row))] for row in rows]
-    return [text.strip() for text in backbone.tokenizer.batch_decode(rows, skip_special_tokens=True)]
+    texts = [text.strip() for text in backbone.tokenizer.batch_decode(rows, skip_special_tokens=True)]
+    return texts, (ids[0].tolist(), rows, cache)
+
+
+def score_sampled(reward, prompt, texts, sampled):
+    """Rewards of answers just sampled from the reward's own backbone, read off the cached keys → (list of float, Counter of reasons).
+
+    The backbone has seen every token but the end of the turn. Each answer's last token and the template's end are run once more
+    on top of the cache, up to block L; what was cached behind an answer's end is masked. An answer for which that is not the
+    text that `score` would see is scored by `score`, and the reason is counted.
+    """
+    (ids, rows, cache), backbone = sampled, reward.backbone
+    rendered = [reward.render(prompt, text) for text in texts]
+    cached, reasons = cache.get_seq_length(), collections.Counter()
+
+    def reason(row, text):
+        if reward.meta["token"] == "mean":
+            return "token rule mean"
+        if getattr(backbone.model.config.get_text_config(), "sliding_window", None):
+            return "a sliding window evicts keys"
+        if not row:
+            return "empty"
+        if text.ids[:len(ids)] != ids:
+            return "the template renders the prompt differently"
+        return "" if text.ids[len(ids):text.last] == row else "tokenised anew it differs"
+    why = [reason(row, text) for row, text in zip(rows, rendered)]
+    here = [i for i, r in enumerate(why) if not r]
+    scores = torch.empty(len(texts))
+    if here:
+        after = torch.tensor([[rows[i][-1], *rendered[i].ids[rendered[i].last:]] for i in here])            # [m, t]
+        before = torch.tensor([len(ids) + len(rows[i]) - 1 for i in here])                                  # keys that are its own
+        t = after.shape[1]
+        sees = torch.cat([(torch.arange(cached) < before[:, None])[:, None].expand(-1, t, -1),
+                          torch.ones(t, t, dtype=torch.bool).tril().expand(len(here), -1, -1)], 2)
+        mask = torch.zeros(sees.shape, dtype=backbone.model.dtype).masked_fill_(~sees, torch.finfo(backbone.model.dtype).min)
+        cache.batch_select_indices(torch.tensor(here, device=backbone.device))
+        hidden, = stage1.forward_to(backbone, [reward.meta["layer"]], input_ids=after.to(backbone.device), cache=cache, use_cache=True,
+                                    position_ids=(before[:, None] + torch.arange(t)).to(backbone.device),
+                                    attention_mask=mask[:, None].to(backbone.device))
+        places = [rendered[i].span(reward.meta["token"])[0] - b for i, b in zip(here, before.tolist())]
+        scores[here] = reward.reward_of(hidden[range(len(here)), places].float().cpu())
+    rest = [i for i, r in enumerate(why) if r]
+    if rest:
+        scores[rest] = torch.tensor(reward.score([prompt] * len(rest), [texts[i] for i in rest]))
+        reasons.update(why[i] for i in rest)
+    return scores.tolist(), reasons
 
 
 # ---------------------------------------------------------------- the curve
@@ -213,16 +260,25 @@ def sample(args):
     if None in rows:
         policy = stage1.load_backbone(policy_name, dtype=args.dtype, device=args.device)
         reward = stage3.RewardModel.load(args.reward, model=policy if policy_name == backbone_name else args.model, device=args.device)
+        counted, reasons = 0, collections.Counter()
         out.parent.mkdir(parents=True, exist_ok=True)
         with open(out.with_suffix(".jsonl.part"), "w", encoding="utf-8") as part, tqdm(unit="tok", desc="sample", disable=None) as bar:
             for n, prompt in enumerate(prompts):
                 if rows[n] is None:
-                    texts = sample_candidates(policy, prompt, **settings, progress=bar.update)
-                    scores = reward.score([prompt] * len(texts), texts)
+                    texts, sampled = sample_candidates(policy, prompt, **settings, progress=bar.update)
+                    if args.score and reward.backbone is policy:
+                        scores, why = score_sampled(reward, prompt, texts, sampled)
+                        counted += len(texts)
+                        reasons += why
+                    else:
+                        scores = reward.score([prompt] * len(texts), texts)
                     rows[n] = {"prompt": prompt, "candidates": texts, "scores": scores, "best": texts[scores.index(max(scores))],
                                "policy": policy_name, "reward": stage1.file_hash(args.reward), "settings": settings}
                 part.write(json.dumps(rows[n], ensure_ascii=False) + "\n")
                 part.flush()
+        if counted:
+            print(f"scored while sampling: {1 - reasons.total() / counted:.1%} of {counted} candidates; the ordinary way: "
+                  + (", ".join(f"{n} ({why})" for why, n in reasons.most_common()) or "none"))
     stage1.write_rows(out, rows)
     out.with_suffix(".jsonl.part").unlink(missing_ok=True)
     finish(out, rows)
@@ -233,14 +289,20 @@ def rank(args):
     rows = read_candidates(args.candidates)
     reward = stage3.RewardModel.load(args.reward, model=args.model, device=args.device)
     flat = [(row["prompt"], text) for row in rows for text in row["candidates"]]
-    scores = iter(reward.score([p for p, _ in flat], [t for _, t in flat]))
+    scores = iter(reward([p for p, _ in flat], [t for _, t in flat]))           # None: longer than max_length
     for row in rows:
         row["scores"] = [next(scores) for _ in row["candidates"]]
-        row["ranking"] = sorted(range(len(row["scores"])), key=lambda i: -row["scores"][i])
+        row["ranking"] = sorted(range(len(row["scores"])), key=lambda i: math.inf if row["scores"][i] is None else -row["scores"][i])
         row["best"] = row["candidates"][row["ranking"][0]]
+    whole = [row for row in rows if None not in row["scores"]]
+    if not whole:
+        raise UserError(f"every prompt has a candidate longer than {reward.meta['max_length']} tokens · {args.candidates} · "
+                        "run stage 1 with a larger --max-length")
+    if len(whole) < len(rows):
+        print(f"note: {len(rows) - len(whole)} prompts have a candidate that is too long to score: ranked last, not in the curve")
     out = Path(args.out or Path(args.candidates).with_suffix(".ranked.jsonl").name)
     stage1.write_rows(out, rows)
-    finish(out, rows)
+    finish(out, whole)
 
 
 def finish(out, rows):
@@ -336,6 +398,8 @@ def parse_args():
     q.add_argument("--top-p", type=float, default=0.95, help="nucleus mass (default 0.95)")
     q.add_argument("--max-new-tokens", type=int, default=128, help="tokens an answer, at most (default 128)")
     q.add_argument("--seed", type=int, default=0, help="(default 0)")
+    q.add_argument("--score", action=argparse.BooleanOptionalAction, default=True,
+                   help="read the reward off the sampling where the policy is the backbone (default), or score in a pass of its own")
     q.add_argument("--limit", type=int, help="only the first N prompts")
     q.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the policy (default auto)")
     q = sub.add_parser("rank", parents=[common], help="score and order candidates of any engine")

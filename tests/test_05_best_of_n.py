@@ -65,11 +65,11 @@ def test_greedy_candidates_are_what_generate_gives(policy):
                                     eos_token_id=sorted(stage5.stop_ids(policy)))
         expected = policy.tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True).strip()
         assert len(expected) > 20
-        assert stage5.sample_candidates(policy, prompt, 3, temperature=0, max_new_tokens=24) == [expected] * 3
+        assert stage5.sample_candidates(policy, prompt, 3, temperature=0, max_new_tokens=24)[0] == [expected] * 3
 
 
 def test_a_candidate_depends_on_its_number_and_the_seed_alone(policy):
-    sampled = lambda n, seed=0: stage5.sample_candidates(policy, PROMPTS[1], n, temperature=0.7, max_new_tokens=16, seed=seed)
+    sampled = lambda n, seed=0: stage5.sample_candidates(policy, PROMPTS[1], n, temperature=0.7, max_new_tokens=16, seed=seed)[0]
     four = sampled(4)
     assert sampled(2) == four[:2] and sampled(4) == four and len(set(four)) == 4 and not set(sampled(4, seed=1)) & set(four)
 
@@ -89,7 +89,40 @@ def test_an_answer_ends_at_the_mark_that_closes_a_turn(backbone_of, monkeypatch)
     script = iter([[40, 41], [end, 42], [43, 44], [45, backbone.tokenizer.eos_token_id], [46, 47]])
     monkeypatch.setattr(stage5, "draw", lambda *_: torch.tensor(next(script)))
     expected = [backbone.tokenizer.decode(ids).strip() for ids in ([40], [41, 42, 44])]
-    assert stage5.sample_candidates(backbone, "a", 2, max_new_tokens=9) == expected and next(script) == [46, 47]
+    assert stage5.sample_candidates(backbone, "a", 2, max_new_tokens=9)[0] == expected and next(script) == [46, 47]
+
+
+def head_on(backbone, token, layer=1):
+    """A RewardModel with a random linear head."""
+    g = torch.Generator().manual_seed(1)
+    tensors = {"directions": torch.randn(6, tiny.WIDTH, generator=g), "mean": torch.zeros(6), "std": torch.ones(6),
+               "w1": torch.randn(6, generator=g), "b1": torch.zeros(1), "temperature": torch.ones(1)}
+    return stage3.RewardModel(tensors, {"layer": layer, "token": token, "max_length": 256}, backbone)
+
+
+ANSWERS = ["It is.", "It is blue, surely not green.", "", "Yes", "One two three four five six seven eight nine ten."]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=["first", "second", "messages"])
+@pytest.mark.parametrize("family, token", [("llama", "last"), ("llama", "eot"), ("llama", "content"), ("llama", "mean"), ("gpt2", "last"),
+                                           ("gpt_neox", "last"), ("phi", "content"), ("gemma2", "last"), ("mistral", "last")])
+def test_rewards_read_off_the_sampling_are_those_of_a_pass_of_its_own(family, token, prompt, backbone_of, monkeypatch):
+    """Answers of different lengths: one empty, one cut off by max_new_tokens, one whose tokens are not those of its text."""
+    backbone = backbone_of(family)
+    reward, end = head_on(backbone, token), backbone.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    said = [backbone.tokenizer(text, add_special_tokens=False)["input_ids"] + [end] for text in ANSWERS]
+    said.append([backbone.tokenizer.convert_tokens_to_ids(c) for c in "Is"] + [end])            # I, s: its text is one token
+    steps = max(map(len, said)) - 1                                     # the longest is cut before its end mark
+    script = iter([[(ids + [end] * steps)[i] for ids in said] for i in range(steps)])
+    monkeypatch.setattr(stage5, "draw", lambda *_: torch.tensor(next(script)))
+    texts, sampled = stage5.sample_candidates(backbone, prompt, len(said), max_new_tokens=steps)
+    assert texts == [*ANSWERS, "Is"]
+    scores, reasons = stage5.score_sampled(reward, prompt, texts, sampled)
+    own = reward.score([prompt] * len(texts), texts)
+    assert scores == pytest.approx(own, abs=1e-4 * torch.tensor(own).std().item() + 1e-5)
+    ordinary = {"mean": {"token rule mean": 6}}.get(token) or (
+        {"a sliding window evicts keys": 6} if family in ("gemma2", "mistral") else {"empty": 1, "tokenised anew it differs": 1})
+    assert reasons == ordinary
 
 
 # ---------------------------------------------------------------- the curve
@@ -205,6 +238,16 @@ def test_rank_orders_by_the_reward_and_gives_the_accuracy_where_there_are_labels
     curve = json.loads(at.curve.read_text())["curve"]
     assert curve["4"]["label"] == sum(r["labels"][r["ranking"][0]] for r in rows) / 2
     assert curve["1"]["label"] == 3 / 8 and curve["4"]["oracle"] == 1
+
+
+def test_a_candidate_that_is_too_long_is_ranked_last_and_said_so(at, reward):
+    rows = [CANDIDATES[0], {"prompt": "long", "candidates": ["blue " * 3000, "It is."]}]
+    code, out, err = call(at, "rank", rows)
+    found = read(at.out)
+    assert code == 0 and "1 prompts have a candidate that is too long" in out, err
+    assert found[1]["scores"][0] is None and found[1]["ranking"] == [1, 0] and found[1]["best"] == "It is."
+    assert json.loads(at.curve.read_text())["prompts"] == 1
+    assert_one_line_error(call(at, "rank", rows[1:]), "longer than")
 
 
 def test_rows_of_a_prompt_and_a_response_are_grouped(at):
