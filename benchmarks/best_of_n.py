@@ -49,19 +49,18 @@ def main():
     prompts, seconds = stage5.read_prompts(args.prompts)[:args.limit], collections.defaultdict(list)
     scores, reasons = collections.defaultdict(list), collections.Counter()
 
-    def timed(name, call):
+    def timed(name, call, *inputs, **settings):
         started = time.perf_counter()
-        result = call()
+        result = call(*inputs, **settings)
         seconds[name].append(time.perf_counter() - started)
         return result
     for prompt in [prompts[0], *prompts]:               # the first one warms up and is not counted
-        texts, state = timed("sampling", lambda prompt=prompt: stage5.sample_candidates(reward.backbone, prompt, args.n,
-                                                                                       max_new_tokens=args.max_new_tokens))
-        read, why = timed("off the sampling", lambda prompt=prompt: stage5.score_sampled(reward, prompt, texts, state))
+        texts, state = timed("sampling", stage5.sample_candidates, reward.backbone, prompt, args.n, max_new_tokens=args.max_new_tokens)
+        read, why = timed("off the sampling", stage5.score_sampled, reward, prompt, texts, state)
         scores["off the sampling"] += read
         reasons += why
-        scores["packed"] += timed("packed", lambda prompt=prompt: reward.score([prompt] * args.n, texts))
-        scores["padded"] += timed("padded", lambda prompt=prompt: padded(reward, prompt, texts))
+        scores["packed"] += timed("packed", reward.score, [prompt] * args.n, texts)
+        scores["padded"] += timed("padded", padded, reward, prompt, texts)
     total = {name: sum(times[1:]) for name, times in seconds.items()}
     own = np.array(scores["packed"])
     found = {"prompts": len(prompts), "n": args.n, "max_new_tokens": args.max_new_tokens, "seconds": total,
