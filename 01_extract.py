@@ -19,6 +19,7 @@ import argparse
 import collections
 import contextlib
 import csv
+import datetime
 import functools
 import gzip
 import hashlib
@@ -700,8 +701,8 @@ def residuals(backbone, texts, layers, rule, progress=None):
         return fill_residuals(out, backbone, texts, layers, rule, progress)
     except torch.OutOfMemoryError:
         if backbone.budget <= 64:
-            raise UserError("out of memory even at 64 tokens a forward pass · --batch-tokens · a smaller model, --dtype bfloat16 or "
-                            "--device-map auto") from None
+            raise UserError("out of memory even with one text a forward pass · --max-length, --dtype · shorter texts, a smaller model, "
+                            "bfloat16 or --device-map auto") from None
     backbone.budget //= 2               # outside of `except`: there the failed pass is still held
     torch.cuda.empty_cache()
     print(f"note: out of memory, going on with {backbone.budget} tokens a forward pass")
@@ -870,10 +871,12 @@ def main():
             raise UserError(f"layer {layer} does not exist · {args.model} has blocks 0 to {config.num_hidden_layers - 1} · pass --layer")
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))         # set by torchrun
     if ranks > 1:
-        torch.distributed.init_process_group("gloo")
+        if args.device_map:
+            raise UserError("several processes, each with a model over several devices · --device-map · leave it out under torchrun")
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))       # ranks wait for the slowest
         if args.device == "auto" and torch.cuda.is_available():
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    with contextlib.redirect_stdout(None if rank else sys.stdout):          # only rank 0 prints
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if rank else sys.stdout):       # only rank 0 prints
         extract(args, config, tokenizer, rank, ranks)
     if ranks > 1:
         torch.distributed.destroy_process_group()
@@ -884,8 +887,7 @@ def extract(args, config, tokenizer, rank, ranks):
     run = Path(args.run)
     if rank == 0:
         seen = prepare_pairs(args, tokenizer)
-    if ranks > 1:
-        torch.distributed.barrier()         # pairs.jsonl is there
+    wait_for_all(ranks)                     # pairs.jsonl is there
     with open(run / "pairs.jsonl", encoding="utf-8") as file:
         pairs = sum(1 for _ in file)
     meta = {"stage": "extract", **describe(args.model, config, tokenizer, args.revision, args.dtype, args.device), "token": args.token,
@@ -893,15 +895,14 @@ def extract(args, config, tokenizer, rank, ranks):
     count = -(-pairs // SHARD_PAIRS)
     missing = {(layer, n) for layer in args.layer for n in range(count)
                if not up_to_date(shard_path(run, layer, n, count), {**meta, "layer": layer})}
-    if ranks > 1:
-        torch.distributed.barrier()         # all have looked before any writes
-    wanted = {(layer, n) for layer, n in missing if n % ranks == rank}
+    wait_for_all(ranks)                     # all have looked before any writes
+    mine = sorted({n for _, n in missing})[rank::ranks]
+    wanted = {(layer, n) for layer, n in missing if n in mine}
     if wanted:
         backbone = load_backbone(args.model, args.revision, args.dtype, args.device, args.device_map, args.pack, args.batch_tokens)
         print(*(f"note: {note}" for note in backbone.notes), sep="\n", end="\n" if backbone.notes else "")
         compute_shards(backbone, count, wanted, meta, args, quiet=rank > 0)
-    if ranks > 1:
-        torch.distributed.barrier()         # all shards are there
+    wait_for_all(ranks)                     # all shards are there
     if rank == 0:
         for layer in args.layer:            # shards of an earlier, differently sized run would be read as well
             for path in (run / "activations").glob(f"layer{layer}-*.safetensors"):
@@ -910,6 +911,15 @@ def extract(args, config, tokenizer, rank, ranks):
         if seen["typed"]:
             print(f"note: control tokens are typed into the text of {seen['typed']} pairs: split, so that they do not act")
         report(args, seen, len(missing), count)
+
+
+def wait_for_all(ranks):
+    """A barrier under torchrun; ends quietly where another rank has failed and said why."""
+    if ranks > 1:
+        try:
+            torch.distributed.barrier()
+        except RuntimeError:
+            sys.exit(2)
 
 
 def compute_shards(backbone, count, wanted, meta, args, quiet=False):

@@ -50,9 +50,9 @@ DRAWS = 2000
 SAYS = {"random_directions": "on this data, at this K, the SAE's choice of directions adds nothing measurable",
         "random_latents": "which latents are taken makes no measurable difference on this data, at this K",
         "activations": "projecting the hidden state is not measurably better than reading the SAE's activations",
-        "words": "the wording alone tells as much: no evidence of more than that",
-        "length": "the length alone tells as much: no evidence of more than that",
-        "shuffled_labels": "it does no better than with shuffled labels: nothing was learned that holds on test"}
+        "words": "not shown to tell more than the wording alone",
+        "length": "not shown to tell more than the length alone",
+        "shuffled_labels": "not shown to do better than with shuffled labels"}
 
 
 # ---------------------------------------------------------------- statistics
@@ -323,30 +323,43 @@ def bootstrap_weights(groups, draws, seed=0):
 
 
 def resampled_selection(data, draws=20):
-    """Select again on bootstrap resamples of the train prompts → (stability, (low, high) of μ_c - μ_r of the head's latents).
+    """Select again on bootstrap resamples of the train prompts → {k, draws, mean, least, chance}.
 
-    stability: the share of the head's latents that are chosen again, on average and at least.
+    mean, least: the share of the head's latents that are chosen again. chance: the same share where the two sides of every pair
+    are swapped at random before all selecting, so that nothing separates them: few living latents are chosen again by chance too.
     """
-    rows, ours, k = (data.split == TRAIN).nonzero().flatten(), data.head["latents"], len(data.head["latents"]) // 2
-    few, many = (bootstrap_weights(data.group[rows.numpy()], n) for n in (draws, DRAWS))
-    every, kept = torch.zeros(draws, data.sae.d_sae), torch.zeros(DRAWS, 2 * k)
-    for at in torch.arange(len(rows)).split(max(1, 2**25 // data.sae.d_sae)):
-        fires = [(data.sae.encode(z[rows[at]]) > 0).float() for z in data.z]
-        every += few[:, at] @ (fires[0] - fires[1])
-        kept += many[:, at] @ (fires[0] - fires[1])[:, ours]
-    shares = []
-    for row in every:
-        again = stage2.select_latents(row, torch.zeros_like(row), k)
-        shares.append(sum(len(np.intersect1d(a, b)) for a, b in zip(ours.chunk(2), again.chunk(2))) / (2 * k))
-    low, high = np.quantile((kept / many.sum(1, keepdim=True)).numpy(), (0.025, 0.975), axis=0)
-    return {"k": k, "draws": draws, "mean": float(np.mean(shares)), "least": float(min(shares))}, (low, high)
+    rows, k = (data.split == TRAIN).nonzero().flatten(), len(data.head["latents"]) // 2
+    weights = bootstrap_weights(data.group[rows.numpy()], draws)
+    sign = torch.where(torch.rand(len(rows), generator=torch.Generator().manual_seed(0)) < 0.5, -1.0, 1.0)
+    found = {}
+    for name, signs in (("true", torch.ones_like(sign)), ("chance", sign)):
+        total = torch.zeros(1 + draws, data.sae.d_sae)                  # the first row: all pairs once
+        for at in torch.arange(len(rows)).split(max(1, 2**25 // data.sae.d_sae)):
+            fires = [(data.sae.encode(z[rows[at]]) > 0).float() for z in data.z]
+            total += torch.cat([torch.ones(1, len(at)), weights[:, at]]) @ ((fires[0] - fires[1]) * signs[at, None])
+        first, *again = (stage2.select_latents(row, torch.zeros_like(row), k).chunk(2) for row in total)
+        found[name] = [sum(len(np.intersect1d(a, b)) for a, b in zip(first, other)) / (2 * k) for other in again]
+    return {"k": k, "draws": draws, "mean": float(np.mean(found["true"])), "least": float(min(found["true"])),
+            "chance": float(np.mean(found["chance"]))}
+
+
+def separation_on_test(data):
+    """Interval of μ_c - μ_r of the head's latents on the *test* pairs → (low, high) [2K'] each.
+
+    On train it would be too narrow: the latents were chosen there for that difference.
+    """
+    test = data.split == TEST
+    fires = [latent_activations(data.sae, z[test], data.head["latents"]) > 0 for z in data.z]
+    drawn = bootstrap_weights(data.group[test.numpy()], DRAWS)
+    return np.quantile((drawn @ (fires[0].float() - fires[1].float()) / drawn.sum(1, keepdim=True)).numpy(), (0.025, 0.975), axis=0)
 
 
 def ablation_test(data, model, draws=20):
-    """Do the latents that tell train pairs apart do so on test? Set their scores to the mean there, against random ones of equal
-    total |weight| → {number: {top, random: summary; fall: how much more accuracy the top ones cost}}.
+    """Do the latents that tell train pairs apart do so on test? Set their scores to the mean there, against random ones, of those
+    that help on train too, of equal total |weight| → {number: {top, random: summary; fall: how much more accuracy the top ones cost;
+    reached: what share of their weight the random ones have}}.
 
-    An intervention on the head's input, not on the language model.
+    An intervention on the head's input, not on the language model. That the top ones matter on *train* is by construction.
     """
     parts = [model.contributions(z[data.split == TRAIN]) for z in data.z]
     adds = (parts[0] - parts[1]).mean(0)
@@ -357,14 +370,16 @@ def ablation_test(data, model, draws=20):
     def without(latents):
         a, b = (stage3.apply_head(model.head, x.index_fill(1, torch.as_tensor(latents), 0.0)) for x in scores)
         return (a - b).numpy()
-    order, rng, result = adds.argsort(descending=True, stable=True).numpy(), np.random.default_rng(0), {}
-    for m in sorted({1, len(order) // 8, len(order) // 4} - {0}):
-        drawn = []
+    order = adds.argsort(descending=True, stable=True)
+    order, rng, result = order[adds[order] > 0].numpy(), np.random.default_rng(0), {}
+    for m in sorted({m for m in (1, len(order) // 8, len(order) // 4) if 0 < m < len(order)}):
+        drawn, wanted = [], weight[order[:m]].sum()
         for _ in range(draws):                      # as many others as it takes to reach the same total |weight|
             others = rng.permutation(order[m:])
-            drawn.append(without(others[:1 + int((weight[others].cumsum() < weight[order[:m]].sum()).sum())]))
+            drawn.append(without(others[:1 + int((weight[others].cumsum() < wanted).sum())]))
         top, chance = without(order[:m])[None], np.stack(drawn)
         result[str(m)] = {"top": summary(top, groups), "random": summary(chance, groups),
+                          "reached": float(min(1.0, weight[order[m:]].sum() / wanted)),
                           "fall": dict(zip(("mean", "low", "high"), bootstrap(points(chance) - points(top), groups)))}
     return result
 
@@ -398,6 +413,13 @@ def in_words(result, sae_warnings):
              for name, row in result["differences"].items() if name in SAYS and row["low"] <= 0 <= row["high"]]
     found += [f"{name.replace('_', ' ')} ({row['mean']:+.3f}): measurably better than SparseRM here"
               for name, row in result["differences"].items() if row["high"] < 0]
+    accuracy = result["accuracy"]
+    if accuracy["sparserm"]["low"] <= 0.5:
+        found.insert(0, "the interval of SparseRM's own accuracy reaches down to one half: no better than a coin is not ruled out")
+    if accuracy.get("shuffled_labels", {"low": 0})["low"] > 0.5:
+        found.insert(0, "with shuffled labels the method is right more than half the time: test pairs leak into training, look for it")
+    if accuracy.get("words", {"high": 1})["high"] < 0.5:
+        found.append("words: below one half, so the lead over them looks larger than it is")
     return found + [f"SAE: {w}" for w in sae_warnings]
 
 
@@ -441,9 +463,8 @@ def evaluate(data, args):
         times[name] = round(time.perf_counter() - started, 2)
         return result
     others = {name: other_set(data, name, run) for name, run in args.other}        # first: what is refused costs no time
-    model = stage3.RewardModel(data.head, data.head_meta, None)
-    stability, intervals = timed("stability", lambda: resampled_selection(data))
-    latents = timed("latents", lambda: page.latent_rows(data, model, open_backbone(data, args), intervals, args.texts))
+    model, backbone = stage3.RewardModel(data.head, data.head_meta, None), open_backbone(data, args)       # so does this
+    latents = timed("latents", lambda: page.latent_rows(data, model, backbone, separation_on_test(data), args.texts))
     reward = [head_rewards(data, z[test]) for z in data.z]
     found = {"sparserm": (data.head_meta["k"], (reward[0] - reward[1])[None]), **timed("controls", lambda: controls(data, seeds))}
     result = {"accuracy": {name: {**summary(d, groups), "choice": choice} for name, (choice, d) in found.items()}, "differences": {}}
@@ -462,10 +483,11 @@ def evaluate(data, args):
     result["cost"] = {"trained_parameters": trained, "backbone_parameters": backbone, "share": trained / backbone}
     result["other"] = others
     result["sae"] = {**data.meta["health"], "warnings": data.meta["warnings"]}
-    result["run"] = {n: data.meta[n] for n in ("model", "layer", "token", "sae")} | {
+    result["run"] = {"model": Path(data.meta["model"]).name, "layer": data.meta["layer"], "token": data.meta["token"],
+                     "sae": Path(data.meta["sae"]).name} | {      # names, not paths: a page is passed on
         "k": data.head_meta["k"], "settings": data.head_meta["settings"],
         "pairs": {name: int((data.split == s).sum()) for s, name in enumerate(stage1.SPLITS)}}
-    result["stability"], result["latents"] = stability, latents
+    result["stability"], result["latents"] = timed("stability", lambda: resampled_selection(data)), latents
     result["explanations"] = timed("explanations", lambda: ablation_test(data, model))
     result["fold"] = fold(data, model)
     result["wrong"] = most_wrong(data, reward[0] - reward[1])
@@ -504,8 +526,11 @@ def main():
         asked = page.pair_to_explain(data, args.explain)            # before the language model is opened
         return page.explain_pair(data, stage3.RewardModel.load(data.run / "reward_head.safetensors", device=args.device), *asked)
     out, parent = Path(args.run) / "evaluation.json", parents(args, data)
-    found = json.loads(out.read_text("utf-8")) if out.exists() else {}
-    if found.get("parent") != parent:
+    try:
+        found = json.loads(out.read_text("utf-8"))
+    except (OSError, ValueError):           # none yet, or damaged
+        found = {}
+    if not isinstance(found, dict) or found.get("parent") != parent:
         result, times = evaluate(data, args)
         found = json.loads(json.dumps({**result, "parent": parent}), parse_float=lambda x: float(f"{float(x):.9g}"))
         stage1.write_text(out, json.dumps(found, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
@@ -538,7 +563,7 @@ def report(args, result, written):
         for name in ("sparserm", "random_directions", "random_latents", "activations", "dense"):
             print(f"  {name:<18} " + "".join(f"{curve[name][k]['accuracy']:>7.3f}" for k in ks))
         clear = [k for k in ks if curve["random_directions"][k]["behind"]["low"] > 0]
-        print(f"  clearly above random directions at K = {', '.join(clear)}" if clear else
+        print(f"  clearly above random directions at K = {', '.join(clear)} (each K by itself)" if clear else
               "  at no K clearly above random directions: on this data the SAE's choice adds nothing measurable")
     for name, row in result["other"].items():
         print(f"  on {name:<15} {row['accuracy']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]   {row['n']} pairs")
@@ -546,7 +571,8 @@ def report(args, result, written):
     print(f"\ncalibration  T {c['temperature']:.2f} · NLL {c['nll']:.3f} · Brier {c['brier']:.3f} · ECE {c['ece']:.3f}"
           f"\nlength       correlation with the reward {n['correlation']:+.2f}"
           f"\nparameters   {result['cost']['trained_parameters']:,} trained, {result['cost']['share']:.1e} of the backbone"
-          f"\nselection    {result['stability']['mean']:.0%} of the latents are chosen again on resampled train prompts"
+          f"\nselection    {result['stability']['mean']:.0%} of the latents are chosen again on resampled train prompts "
+          f"(by chance {result['stability']['chance']:.0%})"
           f"\nwritten      {args.run}/evaluation.json, {', '.join(written)}")
     for text in result["warnings"]:
         print("note:", text)

@@ -70,7 +70,7 @@ def sample_candidates(backbone, prompt, n, temperature=1.0, top_p=0.95, max_new_
     uniform = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed((key + 1_000_003 * seed + i) % 2**63))
                            for i in range(n)]).to(backbone.device)
     tokens, running = [], torch.ones(n, dtype=torch.bool, device=backbone.device)
-    with torch.inference_mode():
+    with stage1.ONE_PASS, torch.inference_mode():
         cache = DynamicCache(config=backbone.model.config)
         logits = backbone.model(ids, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1].expand(n, -1)
         cache.batch_repeat_interleave(n)
@@ -102,6 +102,8 @@ def score_sampled(reward, prompt, texts, sampled):
     cached, reasons = cache.get_seq_length(), collections.Counter()
 
     def reason(row, text):
+        if backbone.pack == "pad":
+            return "the model does not honour a 4D mask"
         if reward.meta["token"] == "mean":
             return "token rule mean"
         if getattr(backbone.model.config.get_text_config(), "sliding_window", None):
@@ -110,6 +112,8 @@ def score_sampled(reward, prompt, texts, sampled):
             return "empty"
         if text.ids[:len(ids)] != ids:
             return "the template renders the prompt differently"
+        if text.ids[text.last:] != rendered[0].ids[rendered[0].last:]:
+            return "another end of the turn"
         return "" if text.ids[len(ids):text.last] == row else "tokenised anew it differs"
     why = [reason(row, text) for row, text in zip(rows, rendered)]
     here = [i for i, r in enumerate(why) if not r]

@@ -31,13 +31,13 @@ def top_tokens(backbone, directions, count=8):
     The direction takes the place of the last block's output; what comes after (final norm, output matrix) is the model's own.
     """
     put = lambda block, args, out: (directions[:, None].to(out[0]), *out[1:]) if isinstance(out, tuple) else directions[:, None].to(out)
-    hook = backbone.blocks[-1].register_forward_hook(put)
-    try:
-        with torch.inference_mode():
+    with stage1.ONE_PASS, torch.inference_mode():
+        hook = backbone.blocks[-1].register_forward_hook(put)
+        try:
             ids = torch.zeros(len(directions), 1, dtype=torch.long, device=backbone.device)         # any token: nothing of it is left
             logits = backbone.model(input_ids=ids, use_cache=False).logits[:, 0]
-    finally:
-        hook.remove()
+        finally:
+            hook.remove()
     return [[backbone.tokenizer.decode([i]) for i in row] for row in logits.topk(count).indices.tolist()]
 
 
@@ -97,7 +97,7 @@ def last_turn(prompt, most=300):
 def latent_rows(data, model, backbone, intervals, texts, shown=20):
     """Kept latents → rows of evaluation.json, by falling part in telling train pairs apart; texts for the first `shown`.
 
-    model: the RewardModel. intervals: (low, high) of frequency_chosen - frequency_rejected. backbone: None for no tokens, texts.
+    model: the RewardModel. intervals: (low, high) of the difference of the frequencies, on test. backbone: None for no tokens, texts.
     """
     train, latents = data.split == 0, data.head["latents"].tolist()
     adds = (model.contributions(data.z[0][train]) - model.contributions(data.z[1][train])).mean(0)
@@ -163,12 +163,10 @@ def explain_pair(data, model, words, names, top=10):
 def picture(draw, path):
     """Draw with matplotlib once → PNG file, and its bytes as base64 for the page. None where matplotlib is missing."""
     try:
-        import matplotlib
+        import matplotlib.figure
     except ImportError:
         return None
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(5.5, 3.2), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(5.5, 3.2), layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     draw(axes)

@@ -67,21 +67,20 @@ class SAE:
         """Residual stream [.., d_model] → latents [.., d_sae]."""
         x, _, _ = self.normalise(z.to(self.W_enc))
         x = x - self.b_in                           # subtracted, not folded into b_enc: that cancels in float32
-        pre = x @ self.W_enc
         if self.activation == "gated":
+            pre = x @ self.W_enc
             return (pre * self.r_mag.exp() + self.b_mag).relu_() * (pre + self.b_gate > 0)
-        pre += self.b_enc
+        pre = F.linear(x, self.W_enc.T, self.b_enc)         # then as few passes over [.., d_sae] as possible: they cost like the product
         if self.activation == "jumprelu":
-            return pre * ((pre > self.threshold) & (pre > 0))
-        pre = pre.relu_()
+            return pre.masked_fill_(pre <= self.threshold.clamp_min(0), 0)
         if self.activation == "relu":
-            return pre
+            return pre.relu_()
         if self.activation == "groupmax":           # the largest of each of k consecutive groups
             grouped = pre.unflatten(-1, (self.k, -1))
             best = grouped.max(-1, keepdim=True)
-            return torch.zeros_like(grouped).scatter_(-1, best.indices, best.values).flatten(-2)
+            return torch.zeros_like(grouped).scatter_(-1, best.indices, best.values.relu()).flatten(-2)
         best = pre.topk(self.k, sorted=False)
-        return torch.zeros_like(pre).scatter_(-1, best.indices, best.values)
+        return torch.zeros_like(pre).scatter_(-1, best.indices, best.values.relu())
 
     def decode(self, f, like=None):
         """Latents → residual stream. `like`: the input, needed where the SAE scales every token by itself."""
@@ -500,7 +499,8 @@ def check_shapes(sae, path):
         if tuple(tensor.shape) != wanted:
             raise SAEError(f"{name} has shape {list(tensor.shape)}, expected {list(wanted)} from W_enc [{d}, {m}] · {path} · "
                            "the checkpoint is damaged or mislabelled")
-        if not tensor.is_floating_point() or not torch.isfinite(tensor.sum(dtype=torch.float32)):
+        parts = tensor.split(max(1, 2**24 // tensor[0].numel()))            # a sum in another dtype copies what it sums
+        if not tensor.is_floating_point() or not all(torch.isfinite(part.sum(dtype=torch.float32)) for part in parts):
             raise SAEError(f"{name} holds NaN or Inf, or is not a float tensor · {path} · fetch the file again")
     if str(sae.activation) not in NEEDS or sae.norm not in ("none", "constant_norm_rescale", "layer_norm"):
         raise SAEError(f"activation {sae.activation!r}, norm {sae.norm!r} · {path} · fetch the file again")
@@ -679,10 +679,13 @@ def start_state(first, args, generator):
     parameters = {"W_enc": W_dec.T.clone(), "b_enc": torch.zeros(args.width), "W_dec": W_dec, "b_dec": b_dec}
     if args.start:
         sae = load_sae(args.start)
-        if (sae.activation, sae.norm, tuple(sae.W_enc.shape)) != ("topk", "none", (d, args.width)) or not torch.equal(sae.b_in, sae.b_dec):
-            raise SAEError(f"training cannot go on from a {sae.activation} SAE {sae.d_model} → {sae.d_sae} · --start {args.start} · a TopK "
-                           f"SAE of width {args.width} that subtracts b_dec, on a model of width {d}, is needed")
-        parameters = {"W_enc": sae.W_enc, "b_enc": sae.b_enc * scale, "W_dec": sae.W_dec, "b_dec": sae.b_dec * scale}
+        found, wanted = (sae.activation, sae.k, sae.norm, *sae.W_enc.shape), ("topk", args.k, "none", d, args.width)
+        if found != wanted or not torch.equal(sae.b_in, sae.b_dec) or sae.info.get("layer") not in (None, args.layer):
+            raise SAEError(f"training cannot go on from this SAE {found}, layer {sae.info.get('layer')} · --start {args.start} · needed "
+                           f"are {wanted}, layer {args.layer} and b_dec subtracted")
+        norm = sae.W_dec.norm(dim=1)            # put into the encoder: training keeps decoder rows at norm 1
+        parameters = {"W_enc": sae.W_enc * norm, "b_enc": sae.b_enc * norm * scale, "W_dec": sae.W_dec / norm[:, None],
+                      "b_dec": sae.b_dec * scale}
     parameters = {n: p.requires_grad_() for n, p in parameters.items()}
     variance = [float((x * scale).var(0).sum()) if len(x) > 1 else 1.0 for x in (every, ends)]
     return {**parameters, "scale": scale, "variance": variance, "step": 0, "idle": torch.zeros(args.width),
@@ -828,7 +831,7 @@ def parse_args():
     run.add_argument("--end-share", type=float, default=0.33, help="share of scored positions in a batch")
     run.add_argument("--cuts", type=int, default=4, help="extra scored positions a conversation, its answer cut anywhere")
     run.add_argument("--turns", type=int, default=3, help="half of the conversations are joined to up to so many turns")
-    run.add_argument("--start", help="go on from this TopK SAE, e.g. a published one that has not seen your chat template")
+    run.add_argument("--start", help="go on from this TopK SAE, e.g. one that has not seen your chat template")
     run.add_argument("--tokens", type=int, default=2_000_000, help="activations to train on")
     run.add_argument("--batch", type=int, default=1024, help="activations a step")
     run.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of Adam")

@@ -72,11 +72,13 @@ def main():
     p.add_argument("--layer", type=int, default=16)
     p.add_argument("--token", default="last")
     p.add_argument("--sae", default=str(ROOT / "assets/sae-smollm2-135m-layer16.safetensors"))
-    p.add_argument("--sweeps", default="full")
+    p.add_argument("--sweeps", choices=("small", "full"), default="full")
     p.add_argument("--out", default="runs/does-it-hold")
     p.add_argument("--write", action="store_true")
     p.add_argument("--tables", action="store_true")
     args = p.parse_args()
+    if not args.tables and not (args.sets and all("=" in s for s in args.sets)):
+        p.error("name the sets: NAME=FILE …")
     found = json.loads(RESULTS.read_text("utf-8")) if args.tables else run_stages(dict(s.split("=", 1) for s in args.sets), args)
     if args.write:
         RESULTS.parent.mkdir(parents=True, exist_ok=True)

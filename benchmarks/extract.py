@@ -290,18 +290,15 @@ def memory(args):
         synthetic_pairs(f"{folder}/pairs.jsonl", args.memory)
         with tiny.argv("--model", tiny.save_model(f"{folder}/model"), "--pairs", f"{folder}/pairs.jsonl", "--layer", 1,
                        "--run", f"{folder}/run"):
-            options = stage1.parse_args()
-        backbone = stage1.load_backbone(options.model)
-        found = {"pairs": args.memory, "start_mb": peak_mb(), "shards_mb": []}
-        rows, _ = stage1.prepare_pairs(options, backbone.tokenizer)
-        stage1.write_rows(f"{options.run}/pairs.jsonl", rows)
-        found["read_mb"] = peak_mb()
-        print(f"peak memory {found['start_mb']:.0f} MB at the start, {found['read_mb']:.0f} MB with {len(rows):,} pairs read")
-        count = -(-len(rows) // stage1.SHARD_PAIRS)
-        for n in range(count):
-            stage1.compute_shards(backbone, rows, count, {(1, n)}, {}, options)
-            found["shards_mb"].append(peak_mb())
-            print(f"{min(len(rows), (n + 1) * stage1.SHARD_PAIRS):>9,} pairs extracted   {peak_mb():.0f} MB")
+            found, save = {"pairs": args.memory, "start_mb": peak_mb(), "shards_mb": []}, stage1.save_stage
+
+            def saved(*given):
+                save(*given)
+                found["shards_mb"].append(peak_mb())
+                done = min(args.memory, len(found["shards_mb"]) * stage1.SHARD_PAIRS)
+                print(f"{done:>9,} pairs extracted   {peak_mb():.0f} MB", flush=True)
+            stage1.save_stage = saved
+            stage1.main()
     return found
 
 

@@ -442,7 +442,7 @@ def test_out_of_memory_halves_the_tokens_of_a_pass_and_goes_on(backbone_of, monk
         torch.testing.assert_close(stage1.residuals(backbone, texts, [1], "last"), wanted, rtol=1e-4, atol=1e-5)
         assert backbone.budget <= 200 and capsys.readouterr().out.count("out of memory") == 2         # 512 → 256 → 128
         monkeypatch.setattr(stage1, "forward_to", lambda *a, **k: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
-        with pytest.raises(stage1.UserError, match="out of memory even at"):
+        with pytest.raises(stage1.UserError, match="out of memory even with one text"):
             stage1.residuals(backbone, texts, [1], "last")
     finally:
         backbone.budget = budget

@@ -43,7 +43,7 @@ def evaluation(full):
         "other": {HOSTILE: row()} if full else {},
         "sae": {"explained_variance": decimal(), "l0": 6.25, "n": 99, "silent": decimal(), "warnings": []},
         "explanations": {"1": {"top": row(), "random": row(), "fall": span()}},
-        "stability": {"k": 8, "draws": 20, "mean": decimal(), "least": decimal()},
+        "stability": {"k": 8, "draws": 20, "mean": decimal(), "least": decimal(), "chance": decimal()},
         "fold": {n: decimal() for n in ("norm", "cosine_mean_difference", "cosine_dense")} if full else None,
         "latents": [latent(j) for j in range(23)], "parent": {"head": "0123456789abcdef"},
         "wrong": [{"id": "w-1", "confidence": decimal(), "difference": -decimal(), "prompt": UNUSUAL, "chosen": HOSTILE,
