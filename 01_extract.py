@@ -30,6 +30,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -62,12 +63,28 @@ def moved_into_place(path):
     """Gives a temporary path; what was written there replaces `path` at the end. A kill leaves the old file or the new."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")       # a process id would not do: two containers may share it
     try:
-        yield part
-        os.replace(part, path)
+        with named_in_errors(path):
+            part.touch()
+            mode = part.stat().st_mode          # safetensors would leave a file that only its owner can read
+            yield part
+            part.chmod(mode)
+            os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def named_in_errors(path):
+    """A full disk is an OSError without a file name in Python, and none at all in safetensors."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    except SafetensorError as error:
+        raise UserError(f"cannot be written ({error}) · {path} · check the rights and the free space") from None
 
 
 def save_stage(path, tensors, meta):
@@ -81,10 +98,10 @@ def read_meta(path, made_by="an earlier stage"):
     """The settings and parents recorded in a stage file → dict."""
     try:
         with safe_open(path, "pt") as file:
-            return json.loads((file.metadata() or {})["sparserm"])
+            return dict(json.loads((file.metadata() or {})["sparserm"]))
     except FileNotFoundError:
         raise UserError(f"file not found · {path} · run {made_by} first, or name the right --run") from None
-    except (SafetensorError, KeyError, ValueError):
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError):
         raise UserError(f"not a complete stage file · {path} · delete it and run {made_by} again") from None
 
 
@@ -123,16 +140,26 @@ def file_hash(path):
 
 def run_main(main, *errors):
     """Call main(); what the user can mend becomes one line and exit code 2 (--debug: the traceback)."""
+    stopped, before = [], signal.getsignal(signal.SIGINT)
+
+    def stop(*_):           # torch and others may make another exception of KeyboardInterrupt: it is remembered here
+        stopped.append(True)
+        raise KeyboardInterrupt
+    if before is signal.default_int_handler:            # else it is ignored (nohup), or the caller's
+        signal.signal(signal.SIGINT, stop)
     try:
         main()
-    except (UserError, OSError, *errors) as error:
-        if "--debug" in sys.argv:
+    except (Exception, KeyboardInterrupt) as error:
+        if stopped or isinstance(error, KeyboardInterrupt):
+            sys.exit(print("\nstopped · finished files are kept · the same command goes on from there", file=sys.stderr) or 130)
+        if "--debug" in sys.argv or not isinstance(error, (UserError, OSError, *errors)):
             raise
-        text = f"{error.strerror} · {error.filename} · check the path, the rights and the free space" \
+        text = f"{error.strerror} · {error.filename or 'input or output'} · check the path, the rights and the free space" \
             if isinstance(error, OSError) and error.strerror else str(error)
         sys.exit(print("error: " + " ".join(text.split()), file=sys.stderr) or 2)
-    except KeyboardInterrupt:
-        sys.exit(print("\nstopped · finished files are kept · the same command goes on from there", file=sys.stderr) or 130)
+    finally:
+        if before is signal.default_int_handler:
+            signal.signal(signal.SIGINT, before)
 
 
 # ---------------------------------------------------------------- reading pairs
@@ -452,18 +479,19 @@ def unpack_gguf(path):
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(dir=cache))
-        packed = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-        packed.config.__dict__.pop("quantization_config", None)
-        model = AutoModelForCausalLM.from_config(packed.config)     # a plain model: the loaded one will not be saved
-        model.load_state_dict(packed.state_dict())
-        model.save_pretrained(part)
-        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(part)
         try:
+            packed = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+            packed.config.__dict__.pop("quantization_config", None)
+            model = AutoModelForCausalLM.from_config(packed.config)     # a plain model: the loaded one will not be saved
+            model.load_state_dict(packed.state_dict())
+            model.save_pretrained(part)
+            AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(part)
             os.replace(part, folder)
         except OSError:
             if not folder.exists():         # else another process was faster
                 raise
-            shutil.rmtree(part)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
     return folder
 
 
@@ -907,7 +935,7 @@ def extract(args, config, tokenizer, rank, ranks):
         for layer in args.layer:            # shards of an earlier, differently sized run would be read as well
             for path in (run / "activations").glob(f"layer{layer}-*.safetensors"):
                 if not path.name.endswith(f"-of-{count:05d}.safetensors"):
-                    path.unlink()
+                    path.unlink(missing_ok=True)        # another process may do the same
         if seen["typed"]:
             print(f"note: control tokens are typed into the text of {seen['typed']} pairs: split, so that they do not act")
         report(args, seen, len(missing), count)

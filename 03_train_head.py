@@ -256,6 +256,10 @@ def self_check(run):
     t, meta = stage1.load_stage(run / "features.safetensors", "02_select_features.py")
     reward = RewardModel.load(run / "reward_head.safetensors")
     backbone, tokenizer = reward.backbone, reward.backbone.tokenizer
+    lineage = reward.meta["parent"]["features"] == stage1.file_hash(run / "features.safetensors") and \
+        meta["parent"]["pairs"] == stage1.file_hash(run / "pairs.jsonl")
+    if not lineage:                     # the rest would compare what does not belong together
+        return [("files belong together", False, "features, pairs")]
     pairs = [json.loads(line) for line in (run / "pairs.jsonl").open(encoding="utf-8")]
     rows = (t["split"] == TRAIN).nonzero().flatten()[::max(1, int((t["split"] == TRAIN).sum()) // 16)].tolist()
     texts = [(pairs[i]["prompt"], pairs[i][side]) for i in rows for side in ("chosen", "rejected")]
@@ -277,8 +281,6 @@ def self_check(run):
     bos = tokenizer.bos_token_id
     doubled = sum(x.ids[:2] == [bos, bos] for x in rendered) if bos is not None else 0
     ends = sum(x.ids[x.eot] in stage1.control_tokens(tokenizer)[1] for x in rendered)
-    lineage = reward.meta["parent"]["features"] == stage1.file_hash(run / "features.safetensors") and \
-        meta["parent"]["pairs"] == stage1.file_hash(run / "pairs.jsonl")
     return [("no second BOS", doubled == 0, f"{doubled} of {len(rendered)} texts"),
             ("an end-of-turn token closes the answer", ends == len(rendered), f"{ends} of {len(rendered)} texts"),
             ("one by one as together", gap(alone, together) <= limit, f"{gap(alone, together):.1e} of the scores' std"),

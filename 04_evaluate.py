@@ -533,8 +533,8 @@ def main():
     if not isinstance(found, dict) or found.get("parent") != parent:
         result, times = evaluate(data, args)
         found = json.loads(json.dumps({**result, "parent": parent}), parse_float=lambda x: float(f"{float(x):.9g}"))
-        stage1.write_text(out, json.dumps(found, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
         stage1.write_text(Path(args.run) / "timings.json", json.dumps(times, indent=1) + "\n")
+        stage1.write_text(out, json.dumps(found, indent=1, sort_keys=True, ensure_ascii=False) + "\n")     # last: it says that all is done
     report(args, found, page.write_page(found, args.run))
 
 

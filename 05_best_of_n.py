@@ -257,6 +257,8 @@ def sample(args):
                 row = json.loads(line)
             except ValueError:                  # the line a kill cut short
                 continue
+            if not isinstance(row, dict) or not {"prompt", "candidates", "scores", "best"} <= set(row):
+                continue
             if row.get("settings") == settings and row.get("policy") == policy_name and \
                     row.get("reward") == stage1.file_hash(args.reward):
                 done[json.dumps(row["prompt"])] = row
@@ -266,7 +268,8 @@ def sample(args):
         reward = stage3.RewardModel.load(args.reward, model=policy if policy_name == backbone_name else args.model, device=args.device)
         counted, reasons = 0, collections.Counter()
         out.parent.mkdir(parents=True, exist_ok=True)
-        with open(out.with_suffix(".jsonl.part"), "w", encoding="utf-8") as part, tqdm(unit="tok", desc="sample", disable=None) as bar:
+        with stage1.named_in_errors(out), open(out.with_suffix(".jsonl.part"), "w", encoding="utf-8") as part, \
+                tqdm(unit="tok", desc="sample", disable=None) as bar:
             for n, prompt in enumerate(prompts):
                 if rows[n] is None:
                     texts, sampled = sample_candidates(policy, prompt, **settings, progress=bar.update)
@@ -379,8 +382,9 @@ def best_and_worst(rows, reward, head):
         if len(texts) < 2:
             yield {"id": str(n), "prompt": row["prompt"], "reason": "fewer than two different candidates"}
             continue
-        scores = row.get("scores") if row.get("reward") == head else None
-        scores = scores or reward.score([row["prompt"]] * len(row["candidates"]), row["candidates"])
+        scores = row.get("scores")
+        if row.get("reward") != head or not isinstance(scores, list) or len(scores) != len(row["candidates"]):
+            scores = reward.score([row["prompt"]] * len(row["candidates"]), row["candidates"])
         scores = dict(zip(row["candidates"], scores))
         yield {"id": str(n), "prompt": row["prompt"], "chosen": max(texts, key=scores.get), "rejected": min(texts, key=scores.get)}
 

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 
@@ -78,9 +78,9 @@ class SAE:
         if self.activation == "groupmax":           # the largest of each of k consecutive groups
             grouped = pre.unflatten(-1, (self.k, -1))
             best = grouped.max(-1, keepdim=True)
-            return torch.zeros_like(grouped).scatter_(-1, best.indices, best.values.relu()).flatten(-2)
+            return grouped.zero_().scatter_(-1, best.indices, best.values.relu()).flatten(-2)
         best = pre.topk(self.k, sorted=False)
-        return torch.zeros_like(pre).scatter_(-1, best.indices, best.values.relu())
+        return pre.zero_().scatter_(-1, best.indices, best.values.relu())
 
     def decode(self, f, like=None):
         """Latents → residual stream. `like`: the input, needed where the SAE scales every token by itself."""
@@ -116,11 +116,16 @@ NAMES = ("W_enc", "b_enc", "W_dec", "b_dec", "b_in", "threshold", "b_gate", "b_m
 def write_tensors(path, tensors, text):
     """Write safetensors with the metadata key `sparserm` through a temporary name: a kill leaves the old file or the new."""
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        part.touch()
+        mode = part.stat().st_mode              # safetensors would leave a file that only its owner can read
         save_file({n: t.detach().contiguous().clone() for n, t in tensors.items()}, part, metadata={"sparserm": text})
+        part.chmod(mode)
         os.replace(part, path)
+    except SafetensorError as error:
+        raise SAEError(f"cannot be written ({error}) · {path} · check the rights and the free space") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -755,10 +760,16 @@ def resume(state, args):
     path = checkpoint_path(args)
     if not path.exists():
         return False
-    with safe_open(path, "pt") as file:
-        if file.metadata()["sparserm"] != training_key(args):
-            raise SAEError(f"a checkpoint of other settings lies there · {path} · delete it, or pass the settings it was made with")
-        t = {n: file.get_tensor(n) for n in file.keys()}
+    try:
+        with safe_open(path, "pt") as file:
+            key, t = (file.metadata() or {}).get("sparserm"), {n: file.get_tensor(n) for n in file.keys()}
+    except SafetensorError:
+        key, t = None, {}
+    names = {f"adam{i}.{what}" for i in range(4) for what in ("step", "exp_avg", "exp_avg_sq")}
+    if set(t) != names | {"W_enc", "b_enc", "W_dec", "b_dec", "idle", "scale", "variance", "step_done"}:
+        raise SAEError(f"not a complete checkpoint · {path} · delete it: training then begins anew")
+    if key != training_key(args):
+        raise SAEError(f"a checkpoint of other settings lies there · {path} · delete it, or pass the settings it was made with")
     with torch.no_grad():
         for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
             state[name].copy_(t[name])
