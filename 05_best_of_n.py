@@ -268,8 +268,9 @@ def sample(args):
         reward = stage3.RewardModel.load(args.reward, model=policy if policy_name == backbone_name else args.model, device=args.device)
         counted, reasons = 0, collections.Counter()
         out.parent.mkdir(parents=True, exist_ok=True)
-        with stage1.named_in_errors(out), open(out.with_suffix(".jsonl.part"), "w", encoding="utf-8") as part, \
+        with stage1.named_in_errors(out), open(out.with_suffix(".jsonl.part"), "a", encoding="utf-8") as part, \
                 tqdm(unit="tok", desc="sample", disable=None) as bar:
+            part.write("\n")            # after the line that a kill cut short
             for n, prompt in enumerate(prompts):
                 if rows[n] is None:
                     texts, sampled = sample_candidates(policy, prompt, **settings, progress=bar.update)
@@ -281,8 +282,8 @@ def sample(args):
                         scores = reward.score([prompt] * len(texts), texts)
                     rows[n] = {"prompt": prompt, "candidates": texts, "scores": scores, "best": texts[scores.index(max(scores))],
                                "policy": policy_name, "reward": stage1.file_hash(args.reward), "settings": settings}
-                part.write(json.dumps(rows[n], ensure_ascii=False) + "\n")
-                part.flush()
+                    part.write(json.dumps(rows[n], ensure_ascii=False) + "\n")
+                    part.flush()
         if counted:
             print(f"scored while sampling: {1 - reasons.total() / counted:.1%} of {counted} candidates; the ordinary way: "
                   + (", ".join(f"{n} ({why})" for why, n in reasons.most_common()) or "none"))
