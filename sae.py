@@ -17,12 +17,12 @@ import importlib
 import json
 import math
 import os
-import pickle
 import re
 import sys
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError        # only the name of an error
 
 import numpy as np
 import torch
@@ -230,7 +230,7 @@ def read_tensors(path):
         if wrong:
             raise ValueError(f"{wrong[0]} is sparse, without numbers or larger than the file")
         return tensors, {}
-    except pickle.UnpicklingError:
+    except UnpicklingError:
         raise SAEError(f"refused: the pickle holds more than tensors, or is damaged · {path} · ask the author for safetensors") from None
     except Exception as error:      # the readers raise all sorts: OSError, BadZipFile, zlib.error, TypeError, MemoryError …
         raise SAEError(f"not a readable checkpoint ({str(error).splitlines()[0] if str(error) else type(error).__name__}) · "
