@@ -22,7 +22,7 @@ import sys
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError        # only the name of an error
+from pickle import UnpicklingError  # only the name of an error
 
 import numpy as np
 import torch
