@@ -45,6 +45,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 SPLITS = ("train", "dev", "test")
+TRAIN, DEV, TEST = range(3)         # how the files number them
 RULES = ("last", "eot", "content", "mean")
 SHARD_PAIRS = 1024      # a shard is the unit that a killed run does not have to compute again
 PLAIN_TEMPLATE = ("{% for m in messages %}{% if loop.first %}{{ bos_token or '' }}{% endif %}"
@@ -814,6 +815,11 @@ def pair_rows(raw, where, found, args, shares):
                "source": raw.get("source", Path(args.pairs).name)}
 
 
+def is_conversation(messages):
+    """Is this list one of messages with role and content, at least one?"""
+    return bool(messages) and all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages)
+
+
 def problem_with(tokenizer, prompt, chosen, rejected, max_length):
     """Why a pair cannot be used → str, or None."""
     if not all(isinstance(x, str) and x.strip() for x in (chosen, rejected)):
@@ -821,7 +827,7 @@ def problem_with(tokenizer, prompt, chosen, rejected, max_length):
     if re.search("[\ud800-\udfff]", f"{prompt}{chosen}{rejected}"):
         return "half of a UTF-16 pair, which no tokenizer takes"
     if isinstance(prompt, list):
-        if not prompt or not all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in prompt):
+        if not is_conversation(prompt):
             return "prompt messages without role and content"
         if prompt[-1]["role"] == "assistant":
             return "the prompt ends with an assistant turn"

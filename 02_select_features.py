@@ -29,7 +29,7 @@ from sae import SAEError, health, load_sae, warnings_of
 
 stage1 = importlib.import_module("01_extract")
 CARRIED = ("pair", "split", "group", "chosen_tokens", "rejected_tokens")
-TRAIN = 0
+TRAIN = stage1.TRAIN
 
 
 def shard_files(run, layer=None):

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 stage1 = importlib.import_module("01_extract")
 UserError = stage1.UserError
-TRAIN, DEV, TEST = range(3)
+TRAIN, DEV = stage1.TRAIN, stage1.DEV
 
 
 # ---------------------------------------------------------------- the three losses

@@ -42,7 +42,7 @@ import report as page
 from sae import SAEError, load_sae
 
 stage1, stage2, stage3 = (importlib.import_module(n) for n in ("01_extract", "02_select_features", "03_train_head"))
-TRAIN, DEV, TEST = range(3)
+TRAIN, DEV, TEST = stage1.TRAIN, stage1.DEV, stage1.TEST
 # dense and words have no K: dev chooses their L2 penalty instead
 DENSE = {d: {"columns": slice(None), "weight_decay": d} for d in (0.0001, 0.001, 0.01, 0.1, 1.0)}
 WORD_COLUMNS = 2**13     # at most

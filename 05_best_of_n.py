@@ -190,9 +190,7 @@ def top_of(rows):
 
 def is_prompt(value):
     """Is it a text, or messages with role and content?"""
-    if isinstance(value, list):
-        return bool(value) and all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in value)
-    return isinstance(value, str) and bool(value.strip())
+    return stage1.is_conversation(value) if isinstance(value, list) else isinstance(value, str) and bool(value.strip())
 
 
 def read_prompts(path):
@@ -245,7 +243,7 @@ def chat(role, text):
 def sample(args):
     """Sample n candidates a prompt and score them; goes on where an earlier, interrupted call stopped."""
     prompts = read_prompts(args.prompts)[:args.limit]
-    reward_meta = stage1.read_meta(args.reward, "03_train_head.py")
+    reward_meta, head = stage1.read_meta(args.reward, "03_train_head.py"), stage1.file_hash(args.reward)
     backbone_name = args.model or reward_meta["model"]
     policy_name = args.policy or backbone_name
     settings = {n: getattr(args, n) for n in ("n", "temperature", "top_p", "max_new_tokens", "seed")}
@@ -259,8 +257,7 @@ def sample(args):
                 continue
             if not isinstance(row, dict) or not {"prompt", "candidates", "scores", "best"} <= set(row):
                 continue
-            if row.get("settings") == settings and row.get("policy") == policy_name and \
-                    row.get("reward") == stage1.file_hash(args.reward):
+            if row.get("settings") == settings and row.get("policy") == policy_name and row.get("reward") == head:
                 done[json.dumps(row["prompt"])] = row
     rows = [done.get(json.dumps(p)) for p in prompts]
     if None in rows:
@@ -281,7 +278,7 @@ def sample(args):
                     else:
                         scores = reward.score([prompt] * len(texts), texts)
                     rows[n] = {"prompt": prompt, "candidates": texts, "scores": scores, "best": texts[scores.index(max(scores))],
-                               "policy": policy_name, "reward": stage1.file_hash(args.reward), "settings": settings}
+                               "policy": policy_name, "reward": head, "settings": settings}
                     part.write(json.dumps(rows[n], ensure_ascii=False) + "\n")
                     part.flush()
         if counted:

@@ -53,21 +53,25 @@ def pieces(tokenizer, ids, first):
     return found
 
 
-def token_activations(backbone, sae, texts, layer, latents):
-    """Rendered texts and the latents wanted of each → for each text [(token, [f_j of its latents])], from its response on."""
+def token_activations(backbone, sae, texts, layer, latents, last=0):
+    """Rendered texts and the latents wanted of each → for each text [(token, [f_j of its latents])], from its response on.
+
+    last: only so many tokens at the end (0: all); the SAE encodes no others.
+    """
     found = [None] * len(texts)
     for members, (hidden,) in stage1.hidden_rows(backbone, [t.ids for t in texts], [layer]):
         for i, path in members:
             first = texts[i].first
-            hidden_i = hidden[torch.from_numpy(path[first:])].float().cpu()
+            hidden_i = hidden[torch.from_numpy(path[first:][-last:])].float().cpu()
             values = torch.cat([sae.encode(part)[:, latents[i]] for part in hidden_i.split(256)]).tolist()      # 131k latents fit
-            found[i] = [(piece, [round(v, 3) for v in row]) for piece, row in zip(pieces(backbone.tokenizer, texts[i].ids, first), values)]
+            found[i] = [(piece, [round(v, 3) for v in row]) for piece, row in
+                        zip(pieces(backbone.tokenizer, texts[i].ids, first)[-last:], values, strict=True)]
     return found
 
 
 def extreme_texts(data, direction, count):
     """The `count` train responses furthest along a direction, and least → {highest, lowest: [(pair, side, score)]}."""
-    train = (data.split == 0).nonzero().flatten()
+    train = (data.split == stage1.TRAIN).nonzero().flatten()
     scores = torch.stack([z[train] @ direction for z in data.z], 1).flatten()           # chosen, rejected, chosen …
     order, found = scores.argsort(descending=True, stable=True).tolist(), {}
     for name, ranked in (("highest", order), ("lowest", order[::-1])):
@@ -84,9 +88,9 @@ def extreme_texts(data, direction, count):
 def with_heat(data, backbone, rows, last=60):
     """[(latent, pair, side, score)] → rows to show: each text's `last` tokens with the latent's activation there."""
     texts = [stage1.render(backbone.tokenizer, pair["prompt"], pair[side], data.meta["max_length"]) for _, pair, side, _ in rows]
-    heat = token_activations(backbone, data.sae, texts, data.meta["layer"], [[j] for j, *_ in rows])
+    heat = token_activations(backbone, data.sae, texts, data.meta["layer"], [[j] for j, *_ in rows], last)
     return [{"id": pair["id"], "side": side, "score": score, "prompt": last_turn(pair["prompt"]),
-             "heat": [[token, value] for token, (value,) in tokens[-last:]]} for (_, pair, side, score), tokens in zip(rows, heat)]
+             "heat": [[token, value] for token, (value,) in tokens]} for (_, pair, side, score), tokens in zip(rows, heat)]
 
 
 def last_turn(prompt, most=300):
@@ -99,7 +103,7 @@ def latent_rows(data, model, backbone, intervals, texts, shown=20):
 
     model: the RewardModel. intervals: (low, high) of the difference of the frequencies, on test. backbone: None for no tokens, texts.
     """
-    train, latents = data.split == 0, data.head["latents"].tolist()
+    train, latents = data.split == stage1.TRAIN, data.head["latents"].tolist()
     adds = (model.contributions(data.z[0][train]) - model.contributions(data.z[1][train])).mean(0)
     weights = data.head["w1"].tolist() if "w2" not in data.head else [None] * len(latents)
     tokens = top_tokens(backbone, data.head["directions"]) if backbone else [[]] * len(latents)
