@@ -22,10 +22,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # as conftest.py does for pytest
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))                # as conftest.py does for pytest
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "assets"))
 
 import damage
 import test_sae as T
+import train_sae
 
 import sae as S
 
@@ -45,7 +47,7 @@ class Checkpoint:
         if ours:
             sae = S.load_sae(self.file)
             sae.info.pop("weights")                                 # a path: the same file wherever the case is written
-            S.save_sae(sae, root / "ours" / "sae.safetensors")
+            train_sae.save_sae(sae, root / "ours" / "sae.safetensors")
             self.config, self.file = None, root / "ours" / "sae.safetensors"
         self.format, self.settings = self.file.suffix, S.read_tensors(self.file)[1] if ours else config
         stored = {".safetensors": load_file, ".pt": torch.load, ".npz": np.load}[self.format](self.file)

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "assets"))
 WIDTH, LAYERS, WINDOW = 32, 3, 8
 SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 SENTENCES = ["The liver makes bile and the gallbladder stores it.", "Is water wet? Yes, it is. No, it is not.",
@@ -76,12 +77,12 @@ def save_model(folder, family="llama", template=CHATML, seed=0, **changes):
 
 def save_sae(path, layer=1, model=None, width=WIDTH, d_sae=64, seed=0):
     """A random ReLU SAE with unit decoder rows, about half of whose latents fire → path (str)."""
-    sae = importlib.import_module("sae")
+    sae, save = importlib.import_module("sae"), importlib.import_module("train_sae").save_sae
     generator = torch.Generator().manual_seed(seed)
     rows = torch.nn.functional.normalize(torch.randn(d_sae, width, generator=generator), dim=1)
     zero = torch.zeros(width)
     info = {"layer": layer, "model": model}
-    sae.save_sae(sae.SAE(rows.T.contiguous(), torch.zeros(d_sae), rows, zero, zero, "relu", info=info), path)
+    save(sae.SAE(rows.T.contiguous(), torch.zeros(d_sae), rows, zero, zero, "relu", info=info), path)
     return str(path)
 
 
