@@ -250,6 +250,22 @@ def show(name, found):
           f"{verdict(median(share) >= WANTED['limit'])}")
 
 
+def table(found):
+    """Figures of speed() → markdown, a column each workload."""
+    cells = lambda first, of: "| " + " | ".join([first, *(of(w) for w in found["workloads"].values())]) + " |\n"
+    names = [name.partition(".jsonl")[0] + (", 16 candidates a prompt" if "candidates" in name else "") for name in found["workloads"]]
+    peer = lambda name: lambda w: "{:.2f} [{:.2f}, {:.2f}]".format(*(f(w["peers"][name]["times"]) for f in (median, min, max)))
+    text = "| " + " | ".join(["", *names]) + " |\n|---" + "|---" * len(names) + "|\n"
+    text += cells("texts, tokens a distinct token", lambda w: f"{w['texts']}, {w['tokens'] / w['distinct_tokens']:.2f}")
+    text += cells("stage 1, tokens/s", lambda w: f"{w['tokens'] / median(w['seconds']):,.0f}")
+    said = {"hidden_states": "transformers, file order, `output_hidden_states`", "hook": "transformers, by length, a hook, all blocks",
+            "transformer_lens": "TransformerLens, file order, stops at the same block"}
+    for name, what in said.items():
+        text += cells(f"{what} ({WANTED[name]} wanted)", peer(name))
+    text += cells(f"share of the arithmetic limit ({WANTED['limit']:.0%} wanted)", lambda w: f"{median(w['share_of_limit']):.0%}")
+    return text + cells("largest difference to a text alone, of the norm", lambda w: f"{w['difference']:.1e}")
+
+
 def speed(args):
     """Every workload against every peer that can be run → dict of figures."""
     backbone = stage1.load_backbone(args.model, dtype="float32", device="cpu", budget=args.batch_tokens)

@@ -27,6 +27,13 @@ def test_the_tables_of_the_readme_are_the_committed_figures():
     assert between.strip() == script.tables(found).strip()
 
 
+def test_the_table_of_extraction_is_the_committed_figures():
+    script = load(tiny.ROOT / "benchmarks" / "extract.py")
+    found = script.json.loads((tiny.ROOT / "benchmarks/results/extract.json").read_text(encoding="utf-8"))["speed"]
+    text = (tiny.ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
+    assert re.search(r"<!-- extract -->\n(.*?)<!-- end -->", text, re.S)[1] == script.table(found)
+
+
 @pytest.fixture(scope="module")
 def helps():
     """script (and command) → its --help."""
