@@ -27,6 +27,7 @@ import torch.nn.functional as F
 stage1 = importlib.import_module("01_extract")
 UserError = stage1.UserError
 TRAIN, DEV = stage1.TRAIN, stage1.DEV
+EPOCH_PAIRS = 2**14      # at most, before dev is looked at again
 
 
 # ---------------------------------------------------------------- the three losses
@@ -69,7 +70,8 @@ def fit_head(chosen, rejected, split, columns=slice(None), kind="linear", loss="
     """Train one head on some columns of the standardised scores [n, m] of both sides → (head, its loss on dev).
 
     Adam on mini-batches of train pairs; after each epoch the loss on dev; the weights of the best epoch are what is
-    returned. weight_decay is an L2 penalty, weight_decay/2 · ‖w‖² added to the loss.
+    returned. weight_decay is an L2 penalty, weight_decay/2 · ‖w‖² added to the loss. An epoch is EPOCH_PAIRS random pairs where
+    there are more: a few hundred weights need no more, so a million pairs take hardly longer than ten thousand.
     """
     losses = {"bt": bradley_terry_loss, "margin": lambda c, r: margin_loss(c, r, margin), "bce": bce_loss}
     generator = torch.Generator().manual_seed(seed)
@@ -87,7 +89,7 @@ def fit_head(chosen, rejected, split, columns=slice(None), kind="linear", loss="
             since += 1
             if since > patience:
                 break
-        for pick in rows[torch.randperm(len(rows), generator=generator)].split(batch):
+        for pick in rows[torch.randperm(len(rows), generator=generator)[:EPOCH_PAIRS]].split(batch):
             penalty = sum(p.square().sum() for n, p in head.items() if n[0] == "w")
             value = losses[loss](*(apply_head(head, side[pick][:, columns]) for side in (chosen, rejected))) + weight_decay / 2 * penalty
             adam.zero_grad()

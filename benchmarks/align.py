@@ -170,7 +170,7 @@ def train_reward(rows, folder, args):
     run = folder / "reward"
     if not (run / "reward_head.safetensors").exists():
         stage1.write_rows(folder / "clean.jsonl", rows)
-        extract = ["--pairs", folder / "clean.jsonl", "--model", args.model, "--layer", args.layer, "--split", "0.85,0.15,0"]
+        extract = ["--pairs", folder / "clean.jsonl", "--model", args.model, "--layer", args.layer, "--seed", 1, "--split", "0.85,0.15,0"]
         for script, more in (("01_extract.py", extract), ("02_select_features.py", ["--sae", args.sae]), ("03_train_head.py", [])):
             subprocess.run([sys.executable, ROOT / script, "--run", run, *map(str, more)], check=True, stdout=subprocess.DEVNULL)
     return stage3.RewardModel.load(run / "reward_head.safetensors")

@@ -113,6 +113,16 @@ def test_a_single_epoch_already_trains():
     assert head["w1"].abs().sum() > 0 and on_dev < math.log(2)
 
 
+def test_where_pairs_are_many_an_epoch_is_a_random_part_of_them_and_the_head_still_learns(monkeypatch):
+    chosen, rejected, split = noisy_scores(400, told=2)
+    monkeypatch.setattr(stage3, "EPOCH_PAIRS", 20)
+    asked, real = [], stage3.bradley_terry_loss
+    monkeypatch.setattr(stage3, "bradley_terry_loss", lambda c, r: asked.append((len(c), torch.is_grad_enabled())) or real(c, r))
+    head, _ = stage3.fit_head(chosen, rejected, split, batch=8, lr=0.05)
+    assert [n for n, grad in asked if grad][:6] == [8, 8, 4, 8, 8, 4]
+    assert accuracy_of(head, chosen[split == TEST], rejected[split == TEST]) > 0.8
+
+
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 @pytest.mark.parametrize("loss", ["bt", "margin", "bce"])
 def test_every_head_learns_with_every_loss(kind, loss):
