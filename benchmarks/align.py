@@ -125,7 +125,7 @@ def align(rows, lr, seed, folder, args):
     transformers.set_seed(seed)
     name = stage1.locate_model(args.model)
     settings = trl.DPOConfig(output_dir=str(folder), per_device_train_batch_size=args.batch, num_train_epochs=1, learning_rate=lr,
-                             beta=args.beta, warmup_steps=2, max_length=512, seed=seed, use_cpu=args.device == "cpu", bf16=False,
+                             beta=args.beta, warmup_steps=2, max_length=512, seed=seed, use_cpu=args.device == "cpu", bf16=args.bf16,
                              gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=10)
     lora = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
@@ -220,7 +220,7 @@ def experiment(args):
 
 def settings_of(args):
     """The settings that belong into the results."""
-    return {n: getattr(args, n) for n in ("noise", "seeds", "batch", "beta", "layer")}
+    return {n: getattr(args, n) for n in ("noise", "seeds", "batch", "beta", "layer", "bf16")}
 
 
 def figures(runs, base, test, questions):
@@ -272,6 +272,7 @@ def main():
     p.add_argument("--lr", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3], help="tried on dev")
     p.add_argument("--beta", type=float, default=0.1)
     p.add_argument("--batch", type=int, default=8)
+    p.add_argument("--bf16", action="store_true", help="train in mixed precision; 2.5 times faster on a CPU with AVX-512 BF16")
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--device", default="cpu")
     p.add_argument("--out", default="runs/align", help="folder of the finished runs")
