@@ -19,13 +19,14 @@ right direction, fewer are kept; the paper does not say what it does then.
 
 import argparse
 import importlib
+import re
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
-from sae import SAEError, health, load_sae, warnings_of
+from sae import SAEError, load_sae
 
 stage1 = importlib.import_module("01_extract")
 CARRIED = ("pair", "split", "group", "chosen_tokens", "rejected_tokens")
@@ -114,6 +115,44 @@ def project(paths, directions):
             table[name][start:start + len(chunk[name])] = alignment_scores(chunk[name], directions)
         start += len(chunk["pair"])
     return table
+
+
+# ---------------------------------------------------------------- health of the SAE on these activations
+
+def health(sae, z):
+    """How well the SAE fits residual vectors z [n, d] → dict.
+
+    explained variance = 1 - Σ‖z - z'‖² / Σ‖z - mean‖² around the mean of *these* vectors: give the vectors of the
+    scored token alone, or their common mean, far from all others, hides a bad fit.
+    """
+    error = torch.zeros((), dtype=torch.float64)
+    alive, fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=z.device), 0
+    for chunk in z.split(1024):
+        f = sae.encode(chunk)
+        error += (sae.decode(f, like=chunk).float() - chunk.float()).square().sum().double().cpu()
+        alive |= (f > 0).any(0)
+        fired += int((f > 0).sum())
+    total = (z.float() - z.float().mean(0)).square().sum().double().cpu()
+    return {"explained_variance": float(1 - error / total), "l0": fired / len(z), "silent": float((~alive).float().mean()), "n": len(z)}
+
+
+def warnings_of(sae, every=None, ended=None):
+    """What looks wrong → list of sentences with the likely cause."""
+    found, model = [sae.info["warning"]] if sae.info.get("warning") else [], str(sae.info.get("model") or "")
+    families = re.search(r"(?i)llama-?3|gemma|qwen", model) and not re.search(r"(?i)it\b|instruct|chat", model)
+    if re.search(r"(?i)base\b", model) or families:
+        found.append(f"trained on {model}, by its name a base model: on an instruct model look at the explained variance")
+    seen = every or ended
+    if every and every["explained_variance"] < 0.3:
+        found.append(f"explained variance {every['explained_variance']:.2f} over all tokens: the layer is off by one, the scale is wrong, "
+                     "or the SAE belongs to another model")
+    stated = sae.k or sae.info.get("l0")
+    if seen and stated and seen["l0"] > 2 * float(stated):
+        found.append(f"L0 {seen['l0']:.0f}, stated {float(stated):.0f}: a wrong scale or threshold, or BOS missing")
+    if ended and ended["explained_variance"] < 0.2 and (not every or every["explained_variance"] >= 0.3):
+        found.append(f"explained variance {ended['explained_variance']:.2f} at the scored token: the SAE has hardly seen a chat template; "
+                     "try --token content")
+    return found
 
 
 def train_sample(paths, limit=4096):

@@ -8,11 +8,10 @@
     python sae.py check PATH --model M --texts FILE
     python sae.py train --model demo --layer 16 --texts FILE --width 4608 --k 64 --out my-sae.safetensors
 
-This file needs torch, numpy and safetensors only (huggingface_hub for hub:…) and can be copied alone; the commands `train` and
-`check` are in assets/train_sae.py and need 01_extract.py.
+This file needs torch, numpy and safetensors only (huggingface_hub for hub:…) and can be copied alone; the commands are in
+assets/sae_tools.py and use the stages.
 """
 
-import argparse
 import importlib
 import json
 import math
@@ -491,82 +490,12 @@ def check_shapes(sae, path):
         raise SAEError(f"tensor {missing[0]} is missing · {path} · the checkpoint is not complete")
 
 
-def health(sae, z):
-    """How well the SAE fits residual vectors z [n, d] → dict.
-
-    explained variance = 1 - Σ‖z - z'‖² / Σ‖z - mean‖² around the mean of *these* vectors: give the vectors of the
-    scored token alone, or their common mean, far from all others, hides a bad fit.
-    """
-    error = torch.zeros((), dtype=torch.float64)
-    alive, fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=z.device), 0
-    for chunk in z.split(1024):
-        f = sae.encode(chunk)
-        error += (sae.decode(f, like=chunk).float() - chunk.float()).square().sum().double().cpu()
-        alive |= (f > 0).any(0)
-        fired += int((f > 0).sum())
-    total = (z.float() - z.float().mean(0)).square().sum().double().cpu()
-    return {"explained_variance": float(1 - error / total), "l0": fired / len(z), "silent": float((~alive).float().mean()), "n": len(z)}
-
-
-def warnings_of(sae, every=None, ended=None):
-    """What looks wrong → list of sentences with the likely cause."""
-    found, model = [sae.info["warning"]] if sae.info.get("warning") else [], str(sae.info.get("model") or "")
-    families = re.search(r"(?i)llama-?3|gemma|qwen", model) and not re.search(r"(?i)it\b|instruct|chat", model)
-    if re.search(r"(?i)base\b", model) or families:
-        found.append(f"trained on {model}, by its name a base model: on an instruct model look at the explained variance")
-    seen = every or ended
-    if every and every["explained_variance"] < 0.3:
-        found.append(f"explained variance {every['explained_variance']:.2f} over all tokens: the layer is off by one, the scale is wrong, "
-                     "or the SAE belongs to another model")
-    stated = sae.k or sae.info.get("l0")
-    if seen and stated and seen["l0"] > 2 * float(stated):
-        found.append(f"L0 {seen['l0']:.0f}, stated {float(stated):.0f}: a wrong scale or threshold, or BOS missing")
-    if ended and ended["explained_variance"] < 0.2 and (not every or every["explained_variance"] >= 0.3):
-        found.append(f"explained variance {ended['explained_variance']:.2f} at the scored token: the SAE has hardly seen a chat template; "
-                     "try --token content")
-    return found
-
-
-def describe(sae):
-    """The lines of `sae.py info`."""
-    norms, i = sae.W_dec.float().norm(dim=1), sae.info
-    numbers = f"k = {sae.k}" if sae.k else f"threshold {float(sae.threshold.min()):.4g} … {float(sae.threshold.max()):.4g}" \
-        if sae.threshold is not None else ""
-    lines = {"layout": i.get("layout"), "model": i.get("model") or "not stated", "layer": i.get("layer"), "hook": i.get("hook"),
-             "width": f"{sae.d_model} → {sae.d_sae}", "activation": f"{sae.activation} {numbers}",
-             "input": ("b_dec subtracted" if sae.b_in.any() else "nothing subtracted") + f", per-token scaling {sae.norm}",
-             "decoder norms": f"{norms.min():.3f} … {norms.max():.3f}", "folded": i.get("folded") or "nothing", "stated L0": i.get("l0"),
-             "held out": i.get("held_out"), "settings": i.get("settings")}
-    return "\n".join(f"{name:<14} {value}" for name, value in lines.items() if value is not None)
-
-
-def parse_args():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    sub = p.add_subparsers(dest="command", required=True)
-    load = argparse.ArgumentParser(add_help=False)
-    load.add_argument("path", help="SAE file or folder, hub:REPO[:SUBFOLDER]")
-    load.add_argument("--k-sae", type=int, help="k of a TopK SAE whose files do not hold it (Qwen-Scope)")
-    load.add_argument("--revision", help="branch, tag or commit on the hub")
-    load.add_argument("--sae-dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="in memory (default float32)")
-    sub.add_parser("info", parents=[load], help="what a checkpoint is and how it was read")
-    if (folder := Path(__file__).parent / "assets").is_dir():       # else this file was copied alone
-        sys.path.append(str(folder))
-        importlib.import_module("train_sae").add_commands(sub, load)
-    return p.parse_args([a for a in sys.argv[1:] if a != "--debug"])
-
-
 def main():
-    args = parse_args()
-    if args.command != "info":
-        return importlib.import_module("train_sae").run(args)
-    sae = load_sae(args.path, getattr(torch, args.sae_dtype), k=args.k_sae, revision=args.revision)
-    print(describe(sae), *(f"warning: {w}" for w in warnings_of(sae)), sep="\n")
+    """The commands are in a file of their own."""
+    sys.path.append(str(Path(__file__).parent / "assets"))
+    importlib.import_module("sae_tools").main()
 
 
 if __name__ == "__main__":
-    sys.modules["sae"] = sys.modules["__main__"]        # train_sae.py and the stages import this very module
-    if Path(__file__).with_name("01_extract.py").exists():
-        importlib.import_module("01_extract").run_main(main, SAEError)
-    else:                                               # this file was copied alone
-        main()
+    sys.modules["sae"] = sys.modules["__main__"]        # sae_tools.py and the stages import this very module
+    importlib.import_module("01_extract").run_main(main, SAEError)

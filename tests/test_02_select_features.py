@@ -45,7 +45,7 @@ def save_sae(path, seed=0, encoder=None, decoder=None, **info):
     w_dec = draw(D_SAE, WIDTH, seed=seed + 1) if decoder is None else decoder
     b_enc, b_dec = draw(D_SAE, seed=seed + 2) - 1, draw(WIDTH, seed=seed + 3) / 2
     sae = sae_module.SAE(w_enc, b_enc, w_dec, b_dec, b_dec, "relu", info={"layer": 1, "model": "m", **info})
-    importlib.import_module("train_sae").save_sae(sae, path)
+    importlib.import_module("sae_tools").save_sae(sae, path)
     return path
 
 

@@ -1,6 +1,7 @@
 """sae.py against formulas: every published layout is written on the spot and read back, and an oracle in float64 NumPy
 (each family's own equations, nothing folded) says which latents fire and what the reconstruction is."""
 
+import importlib
 import json
 import os
 import re
@@ -10,11 +11,13 @@ from functools import partial
 
 import numpy as np
 import pytest
+import sae_tools
 import torch
-import train_sae
 from safetensors.torch import save_file
 
 import sae as S
+
+health = importlib.import_module("02_select_features").health
 
 D, M, K = 8, 24, 5
 
@@ -246,7 +249,7 @@ def test_half_precision_is_read_into_float32_and_a_file_named_itself_is_its_fold
 @pytest.mark.parametrize("layout, config", ONE_EACH)
 def test_saving_and_loading_gives_the_same_sae(tmp_path, layout, config):
     first = S.load_sae(write(tmp_path, layout, config))
-    train_sae.save_sae(first, tmp_path / "own" / "sae.safetensors")
+    sae_tools.save_sae(first, tmp_path / "own" / "sae.safetensors")
     again = S.load_sae(tmp_path / "own")
     assert_same(again, first)
     assert (again.d_model, again.d_sae) == (D, M) and os.listdir(tmp_path / "own") == ["sae.safetensors"]
@@ -374,7 +377,7 @@ def test_an_empty_folder_and_a_folder_of_two_saes_are_refused_with_what_they_hol
 
 def test_health_equals_a_figure_worked_by_hand():
     # top-1 of (4, 1) and (0, 1) keeps (4, 0) and (0, 1): error 1; around the mean (2, 1) the total is 4 + 4
-    got = S.health(plain_sae("topk", k=1), torch.tensor([[4.0, 1.0], [0.0, 1.0]]))
+    got = health(plain_sae("topk", k=1), torch.tensor([[4.0, 1.0], [0.0, 1.0]]))
     assert got == {"explained_variance": pytest.approx(1 - 1 / 8), "l0": 1.0, "silent": pytest.approx(1 / 3), "n": 2}
 
 

@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))                #
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "assets"))
 
 import damage
+import sae_tools
 import test_sae as T
-import train_sae
 
 import sae as S
 
@@ -47,7 +47,7 @@ class Checkpoint:
         if ours:
             sae = S.load_sae(self.file)
             sae.info.pop("weights")                                 # a path: the same file wherever the case is written
-            train_sae.save_sae(sae, root / "ours" / "sae.safetensors")
+            sae_tools.save_sae(sae, root / "ours" / "sae.safetensors")
             self.config, self.file = None, root / "ours" / "sae.safetensors"
         self.format, self.settings = self.file.suffix, S.read_tensors(self.file)[1] if ours else config
         stored = {".safetensors": load_file, ".pt": torch.load, ".npz": np.load}[self.format](self.file)

@@ -77,7 +77,7 @@ def save_model(folder, family="llama", template=CHATML, seed=0, **changes):
 
 def save_sae(path, layer=1, model=None, width=WIDTH, d_sae=64, seed=0):
     """A random ReLU SAE with unit decoder rows, about half of whose latents fire → path (str)."""
-    sae, save = importlib.import_module("sae"), importlib.import_module("train_sae").save_sae
+    sae, save = importlib.import_module("sae"), importlib.import_module("sae_tools").save_sae
     generator = torch.Generator().manual_seed(seed)
     rows = torch.nn.functional.normalize(torch.randn(d_sae, width, generator=generator), dim=1)
     zero = torch.zeros(width)

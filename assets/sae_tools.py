@@ -1,7 +1,8 @@
-"""Training a TopK SAE on a model's own activations, and checking any SAE on them: `python sae.py train` and `python sae.py check`.
+"""The commands of sae.py: what a checkpoint is, how well it fits a model on your texts, and training a TopK SAE.
 
-    python sae.py train --model demo --layer 16 --texts FILE --width 4608 --k 64 --out my-sae.safetensors
+    python sae.py info  PATH
     python sae.py check PATH --model M --texts FILE
+    python sae.py train --model demo --layer 16 --texts FILE --width 4608 --k 64 --out my-sae.safetensors
 
 The shipped SAE was made by it (README.md beside this file). Not part of the method: SparseRM takes the SAE as it finds it.
 """
@@ -10,6 +11,7 @@ import argparse
 import importlib
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
-from sae import NAMES, SAE, SAEError, describe, health, load_sae, warnings_of
+from sae import NAMES, SAE, SAEError, load_sae
 
-stage1 = importlib.import_module("01_extract")
+stage1, stage2 = (importlib.import_module(n) for n in ("01_extract", "02_select_features"))
 
 
 def read_texts(path):
@@ -79,7 +81,7 @@ def activations(backbone, texts, layer, max_length, cuts=0, rng=None, repeats=Fa
 
 
 def sample_activations(backbone, texts, layer, max_length=512):
-    """→ (all tokens [n, d], scored tokens [m, d]) of some texts as they are, for health()."""
+    """→ (all tokens [n, d], scored tokens [m, d]) of some texts as they are, for stage2.health()."""
     rows = list(activations(backbone, texts, layer, max_length, repeats=True))
     return torch.cat([a for a, _ in rows]), torch.cat([b for _, b in rows])
 
@@ -118,7 +120,7 @@ def train(backbone, texts, layer, args, progress=print):
         state["step"] = step
         if step % max(1, steps // 20) == 0 or step == steps:
             sae = finish(state, args, layer)
-            every, ends = health(sae, held[0]), health(sae, held[1]) if len(held[1]) > 1 else {}
+            every, ends = stage2.health(sae, held[0]), stage2.health(sae, held[1]) if len(held[1]) > 1 else {}
             progress(f"step {step}/{steps}  all tokens: explained {every['explained_variance']:.3f}  L0 {every['l0']:.1f}  silent "
                      f"{every['silent']:.1%}  scored token: explained {ends.get('explained_variance', float('nan')):.3f}")
             save_checkpoint(state, args)
@@ -278,8 +280,29 @@ def resume(state, args):
 
 # ---------------------------------------------------------------- commands
 
-def add_commands(sub, load):
-    """The parsers of `sae.py check` and `sae.py train`; `load` holds the arguments that name an SAE."""
+def describe(sae):
+    """The lines of `sae.py info`."""
+    norms, i = sae.W_dec.float().norm(dim=1), sae.info
+    numbers = f"k = {sae.k}" if sae.k else f"threshold {float(sae.threshold.min()):.4g} … {float(sae.threshold.max()):.4g}" \
+        if sae.threshold is not None else ""
+    lines = {"layout": i.get("layout"), "model": i.get("model") or "not stated", "layer": i.get("layer"), "hook": i.get("hook"),
+             "width": f"{sae.d_model} → {sae.d_sae}", "activation": f"{sae.activation} {numbers}",
+             "input": ("b_dec subtracted" if sae.b_in.any() else "nothing subtracted") + f", per-token scaling {sae.norm}",
+             "decoder norms": f"{norms.min():.3f} … {norms.max():.3f}", "folded": i.get("folded") or "nothing", "stated L0": i.get("l0"),
+             "held out": i.get("held_out"), "settings": i.get("settings")}
+    return "\n".join(f"{name:<14} {value}" for name, value in lines.items() if value is not None)
+
+
+def parse_args():
+    p = argparse.ArgumentParser(prog="sae.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    sub = p.add_subparsers(dest="command", required=True)
+    load = argparse.ArgumentParser(add_help=False)
+    load.add_argument("path", help="SAE file or folder, hub:REPO[:SUBFOLDER]")
+    load.add_argument("--k-sae", type=int, help="k of a TopK SAE whose files do not hold it (Qwen-Scope)")
+    load.add_argument("--revision", help="branch, tag or commit on the hub")
+    load.add_argument("--sae-dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="in memory (default float32)")
+    sub.add_parser("info", parents=[load], help="what a checkpoint is and how it was read")
     check = sub.add_parser("check", parents=[load], help="how well it fits a model on your texts")
     run = sub.add_parser("train", help="train a TopK SAE", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for q in (check, run):
@@ -301,11 +324,15 @@ def add_commands(sub, load):
     run.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of Adam")
     run.add_argument("--buffer", type=int, default=65536, help="activations in the shuffle buffer")
     run.add_argument("--dead-after", type=int, default=100_000, help="activations without firing after which a latent counts as dead")
+    return p.parse_args([a for a in sys.argv[1:] if a != "--debug"])
 
 
-def run(args):
-    """`sae.py check` or `sae.py train`."""
+def main():
+    """`sae.py info`, `check` or `train`."""
+    args = parse_args()
     sae = None if args.command == "train" else load_sae(args.path, getattr(torch, args.sae_dtype), k=args.k_sae, revision=args.revision)
+    if args.command == "info":
+        return print(describe(sae), *(f"warning: {w}" for w in stage2.warnings_of(sae)), sep="\n")
     backbone = stage1.load_backbone(args.model)
     if args.command == "train":
         if args.layer is None or not 0 <= args.layer < len(backbone.blocks):
@@ -320,10 +347,10 @@ def run(args):
     texts = read_texts(args.texts)
     chosen = np.random.default_rng(args.seed).permutation(len(texts))[:args.limit]
     every, ends = sample_activations(backbone, [texts[i] for i in chosen], layer, args.max_length)
-    figures = [health(sae, every), health(sae, ends) if len(ends) > 1 else None]
+    figures = [stage2.health(sae, every), stage2.health(sae, ends) if len(ends) > 1 else None]
     print(describe(sae), "", sep="\n")
     for name, h in zip(("all tokens", "scored token"), figures):
         if h:
             print(f"{name:<14} explained variance {h['explained_variance']:.3f} · L0 {h['l0']:.1f} · "
                   f"latents that never fire here {h['silent']:.1%} · {h['n']} vectors")
-    print(*(f"warning: {w}" for w in warnings_of(sae, *figures)), sep="\n")
+    print(*(f"warning: {w}" for w in stage2.warnings_of(sae, *figures)), sep="\n")

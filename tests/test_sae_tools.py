@@ -1,15 +1,18 @@
-"""assets/train_sae.py: what it trains on, that training helps, goes on after a kill, and gives an SAE in raw units."""
+"""assets/sae_tools.py: what it trains on, that training helps, goes on after a kill, and gives an SAE in raw units."""
 
+import importlib
 import os
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import sae_tools as T
 import torch
-import train_sae as T
 from safetensors.torch import load_file
 
 import sae as S
+
+health = importlib.import_module("02_select_features").health
 
 WORDS = "the sun is hot and water cold so people drink tea or ask why a bird can fly".split()
 ENDS = "<|im_end|>\n"
@@ -40,9 +43,9 @@ def settings(folder, steps, k=4):
 @pytest.mark.parametrize("texts", [chats(40), sayings(80), chats(20) + sayings(40)], ids=["chats", "plain", "both"])
 def test_training_explains_more_than_the_start_with_unit_decoder_rows_and_at_most_k_latents(tmp_path, backbone, texts):
     z, _ = T.sample_activations(backbone, texts[-8:], 1)
-    start = S.health(T.train(backbone, texts, 1, settings(tmp_path, 1), lambda line: None), z)
+    start = health(T.train(backbone, texts, 1, settings(tmp_path, 1), lambda line: None), z)
     sae = T.train(backbone, texts, 1, settings(tmp_path, 250), lambda line: None)
-    end = S.health(sae, z)
+    end = health(sae, z)
     assert end["explained_variance"] > start["explained_variance"] + 0.15
     assert end["l0"] <= 4 and int((sae.encode(z) > 0).sum(1).max()) <= 4
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(48))
