@@ -140,10 +140,10 @@ def align(rows, lr, seed, folder, args):
 
 def read_policy(backbone, pairs, questions):
     """A policy on pairs and questions → {chosen, rejected: sums [n]; mc1: 1 where the right candidate is the most likely}."""
-    found = {side: log_likelihoods(backbone, [r["prompt"] for r in pairs], [r[side] for r in pairs])[0].tolist()
-             for side in ("chosen", "rejected")}
-    flat = [(q["prompt"], c) for q in questions for c in q["candidates"]]
-    sums = iter(log_likelihoods(backbone, *zip(*flat))[0] if flat else [])
+    sides = ("chosen", "rejected")
+    flat = [(r["prompt"], r[side]) for side in sides for r in pairs] + [(q["prompt"], c) for q in questions for c in q["candidates"]]
+    sums = iter(log_likelihoods(backbone, *zip(*flat))[0].tolist())         # one pass: the same questions stand in both
+    found = {side: [next(sums) for _ in pairs] for side in sides}
     each = [[next(sums) for _ in q["candidates"]] for q in questions]
     return found | {"mc1": [q["labels"][int(np.argmax(s))] for q, s in zip(questions, each)]}
 
