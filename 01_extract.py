@@ -569,8 +569,9 @@ def make_backbone(model, tokenizer, meta, pack="tree", budget=None):
     lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == config.num_hidden_layers]
     if not lists:
         raise UserError(f"no list of {config.num_hidden_layers} blocks found · {meta['model']} · only decoder models work")
-    matrices = [p for block in lists[0] for p in [p for p in block.parameters() if p.dim() == 2 and not p.is_meta][:16]]
-    meta = {**meta, "weights": [float(f"{float(p.flatten()[p.numel() // 2]):.3g}") for p in matrices],     # tells a fine-tuned copy apart
+    # one number of each matrix tells a fine-tuned copy apart; None: this block lies on the disk
+    matrices = [p for block in lists[0] for p in [p for p in block.parameters() if p.dim() == 2][:16]]
+    meta = {**meta, "weights": [None if p.is_meta else float(f"{float(p.flatten()[p.numel() // 2]):.3g}") for p in matrices],
             "parameters": sum(p.numel() for p in model.parameters())}
     backbone = Backbone(model, tokenizer, lists[0], meta, pack, budget or (512 if model.device.type == "cpu" else 4096))
     if not takes_system_turn(tokenizer):

@@ -448,6 +448,22 @@ def test_out_of_memory_halves_the_tokens_of_a_pass_and_goes_on(backbone_of, monk
         backbone.budget = budget
 
 
+def test_a_model_spread_over_devices_gives_the_same_states(backbone_of, folder_of, tmp_path):
+    """--device-map auto; and blocks on the disk, as where a model is larger than memory."""
+    from transformers import AutoModelForCausalLM
+    alone, texts = backbone_of("gemma2"), [stage1.Text(some_ids(20, seed), 3, 19, 19) for seed in range(3)]
+    wanted = stage1.residuals(alone, texts, [1], "last")
+    assert torch.equal(stage1.residuals(stage1.load_backbone(folder_of("gemma2"), device_map="auto"), texts, [1], "last"), wanted)
+    place = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    model = AutoModelForCausalLM.from_pretrained(folder_of("gemma2"), dtype=torch.float32, attn_implementation="eager",
+                                                 device_map=place | {"model.layers.1": "disk", "model.layers.2": "disk"},
+                                                 offload_folder=tmp_path)
+    spread = stage1.make_backbone(model, alone.tokenizer, {"model": "spread"})
+    assert spread.pack == "tree" and torch.equal(stage1.residuals(spread, texts, [1], "last"), wanted)
+    both = list(zip(spread.meta["weights"], alone.meta["weights"], strict=True))
+    assert all(a in (None, b) for a, b in both) and 0 < sum(a is None for a, _ in both) < len(both)
+
+
 def test_pairs_are_read_a_row_at_a_time(tmp_path, folder_of, monkeypatch):
     """Memory must not grow with the file: when a row is read, the one before is no longer held."""
     pairs, alive, most = tiny.save_pairs(tmp_path / "p.jsonl", 50), weakref.WeakSet(), []
