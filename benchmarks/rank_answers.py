@@ -45,6 +45,15 @@ def label_of_best(scores, labels):
     return float(np.array(labels)[scores == scores.max()].mean())
 
 
+def table(found):
+    """The figures → markdown."""
+    number = lambda row, sign="": "{} [{}, {}]".format(*(f"{row[n]:{sign}.3f}".replace("0.", ".", 1) for n in ("mean", "low", "high")))
+    rows = [(name, row) for name, row in found.items() if isinstance(row, dict)]
+    return "| ranked by | right answer first | SparseRM minus it |\n|---|---|---|\n" + "".join(
+        f"| {name.replace('_', ' ')} | {number(row)} | {'–' if name == 'sparserm' else number(row['behind'], '+')} |\n"
+        for name, row in sorted(rows, key=lambda r: -r[1]["mean"]))
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--questions", required=True)
