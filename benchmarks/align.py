@@ -86,11 +86,11 @@ def dense_differences(run, reward, rows):
 
 
 def length_differences(run, rows):
-    """Tokens of chosen minus rejected, with the sign that wins on the reward model's train pairs → [n]; 0 for equal lengths."""
+    """Words of chosen minus rejected, with the sign that wins on the reward model's train pairs (a draw: longer) → [n]; 0: as long."""
     chunks = list(stage2.read_chunks(stage2.shard_files(run)[0]))
     split, _, tokens = stage4.read_columns(chunks)
     train = (split == stage1.TRAIN).numpy()
-    sign = np.sign(np.sign(tokens[0][train] - tokens[1][train].astype(float)).sum())
+    sign = 1 if np.sign(tokens[0][train] - tokens[1][train].astype(float)).sum() >= 0 else -1
     return sign * np.array([len(r["chosen"].split()) - len(r["rejected"].split()) for r in rows], float)
 
 
