@@ -98,13 +98,12 @@ def last_turn(prompt, most=300):
     return (prompt if isinstance(prompt, str) else prompt[-1]["content"])[-most:]
 
 
-def latent_rows(data, model, backbone, intervals, texts, shown=20):
+def latent_rows(data, adds, backbone, intervals, texts, shown=20):
     """Kept latents → rows of evaluation.json, by falling part in telling train pairs apart; texts for the first `shown`.
 
-    model: the RewardModel. intervals: (low, high) of the difference of the frequencies, on test. backbone: None for no tokens, texts.
+    adds: that part, [2K]. intervals: (low, high) of the difference of the frequencies, on test. backbone: None for no tokens, texts.
     """
-    train, latents = data.split == stage1.TRAIN, data.head["latents"].tolist()
-    adds = (model.contributions(data.z[0][train]) - model.contributions(data.z[1][train])).mean(0)
+    latents = data.head["latents"].tolist()
     weights = data.head["w1"].tolist() if "w2" not in data.head else [None] * len(latents)
     tokens = top_tokens(backbone, data.head["directions"]) if backbone else [[]] * len(latents)
     page, rows = data.sae.info.get("neuronpedia"), []

@@ -95,7 +95,7 @@ def test_rows_of_latents_fall_by_what_they_add_on_train_and_their_texts_show_the
     data, model = opened
     latents, train = data.head["latents"].tolist(), (data.split == 0).nonzero().flatten().tolist()
     intervals = [[10.0 * n + side for n in range(len(latents))] for side in (0, 1)]
-    rows = report.latent_rows(data, model, model.backbone, intervals, 2, shown=3)
+    rows = report.latent_rows(data, stage4.train_shares(data, model)[0], model.backbone, intervals, 2, shown=3)
     assert sorted(r["latent"] for r in rows) == sorted(latents) and [len(r["texts"]) for r in rows] == [2] * 3 + [0] * (len(rows) - 3)
     assert [r["adds"] for r in rows] == sorted((r["adds"] for r in rows), reverse=True) and rows[0]["adds"] > rows[-1]["adds"]
     for row in rows:
@@ -118,9 +118,9 @@ def test_rows_of_latents_fall_by_what_they_add_on_train_and_their_texts_show_the
 
 
 def test_without_a_language_model_rows_have_no_tokens_and_texts_and_an_sae_with_a_page_is_linked(opened, monkeypatch):
-    data, model = opened
+    data, _ = opened
     monkeypatch.setitem(data.sae.info, "neuronpedia", "gpt2-small/1-res-jb")
-    rows = report.latent_rows(data, model, None, [[0.0] * len(data.head["latents"])] * 2, 5)
+    rows = report.latent_rows(data, torch.zeros(len(data.head["latents"])), None, [[0.0] * len(data.head["latents"])] * 2, 5)
     assert all(r["tokens"] == [] and r["texts"] == {} for r in rows)
     assert rows[0]["link"] == f"https://www.neuronpedia.org/gpt2-small/1-res-jb/{rows[0]['latent']}"
 
@@ -281,8 +281,9 @@ def test_pictures_of_an_earlier_wider_evaluation_do_not_stay(run):
 
 
 def test_a_share_of_one_in_a_thousand_million_is_not_rounded_to_0(run, monkeypatch):
-    monkeypatch.setattr(stage4, "controls", lambda data, seeds: {"dense": (1, np.ones((1, int((data.split == 2).sum()))))})
-    data = stage4.Data(run)
+    data, one = stage4.Data(run), torch.ones(tiny.WIDTH)
+    fake = 1, {"w1": one, "std": one}, [np.ones((1, int((data.split == 2).sum())))]
+    monkeypatch.setattr(stage4, "controls", lambda *_: dict.fromkeys(["dense", *stage4.SAYS], fake))
     data.meta["parameters"] = 9_241_705_984
     with tiny.argv("--run", run, "--texts", 0, "--sweeps", "none"), monkeypatch.context() as patch:
         patch.setattr(stage4, "Data", lambda *_: data)
