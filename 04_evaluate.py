@@ -500,7 +500,8 @@ def evaluate(data, args):
     trained = stage3.trained_parameters(data.head)
     result["cost"] = {"trained_parameters": trained, "backbone_parameters": meta["parameters"], "share": trained / meta["parameters"]}
     result["sae"] = {**meta["health"], "warnings": meta["warnings"]}
-    result["run"] = {"model": Path(meta["model"]).name, "layer": meta["layer"], "token": meta["token"],
+    sources = [name for name, _ in Counter(str(p["source"]) for p in data.pairs).most_common(5)]
+    result["run"] = {"model": Path(meta["model"]).name, "layer": meta["layer"], "token": meta["token"], "sources": sources,
                      "sae": Path(meta["sae"]).name,         # names, not paths: a page is passed on
                      "k": asked["k"], "settings": asked["settings"],
                      "pairs": {name: int((data.split == s).sum()) for s, name in enumerate(stage1.SPLITS)}}

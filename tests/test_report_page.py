@@ -40,7 +40,7 @@ def evaluation(full):
                         "bins": [{"confidence": decimal(), "accuracy": decimal(), "n": 50}] * 2},
         "length": {"correlation": -decimal(), "matched_n": 9 * full, "matched_accuracy": decimal() if full else None},
         "cost": {"trained_parameters": 17, "backbone_parameters": 134515008, "share": 1.3e-07},
-        "other": {HOSTILE: row()} if full else {},
+        "other": {HOSTILE: {**row(), "controls": {n: {**row(), "behind": span()} for n in CONTROLS}}} if full else {},
         "sae": {"explained_variance": decimal(), "l0": 6.25, "n": 99, "silent": decimal(), "warnings": []},
         "explanations": {"1": {"top": row(), "random": row(), "fall": span()}},
         "stability": {"k": 8, "draws": 20, "mean": decimal(), "least": decimal(), "chance": decimal()},
@@ -49,7 +49,7 @@ def evaluation(full):
         "wrong": [{"id": "w-1", "confidence": decimal(), "difference": -decimal(), "prompt": UNUSUAL, "chosen": HOSTILE,
                    "rejected": ""}] * full,
         "warnings": [f"SAE: {HOSTILE}"] * full,
-        "run": {"model": "tiny", "layer": 1, "token": "last", "sae": "sae.safetensors", "k": 8,
+        "run": {"model": "tiny", "sources": [HOSTILE, "ours.jsonl"], "layer": 1, "token": "last", "sae": "sae.safetensors", "k": 8,
                 "pairs": {"train": 905, "dev": 108, "test": 1247},
                 "settings": {"kind": "linear" if full else "mlp", "hidden": 64, "loss": "bt" if full else "margin", "margin": 1.0}}}
 
@@ -107,6 +107,8 @@ def test_a_browser_draws_every_number_from_the_evaluation_and_runs_nothing_from_
     assert shown <= rounded(result)
     rows = [*result["accuracy"].values(), *result["other"].values(), *result["curves"].get("k", {}).get("sparserm", {}).values()]
     bins = [[b["confidence"], b["accuracy"]] for b in result["calibration"]["bins"]]
-    must = [bins, *result["differences"].values(), result["fold"], result["explanations"]["1"]["fall"],
+    across = [row for other in result["other"].values() for row in other["controls"].values()]
+    rows, behind = rows + across, [row["behind"] for row in across]
+    must = [bins, behind, *result["differences"].values(), result["fold"], result["explanations"]["1"]["fall"],
             [[row["low"], row["accuracy"], row["high"]] for row in rows]]
     assert rounded(must) - shown == set()
