@@ -50,6 +50,7 @@ DENSE = {d: {"columns": slice(None), "weight_decay": d} for d in (0.0001, 0.001,
 ALL = {"all": {"columns": slice(None)}}
 SIDES, RANDOM = ("chosen", "rejected"), ("random_directions", "random_latents")
 WORD_COLUMNS = 2**13     # at most
+FORMAT = 2               # of evaluation.json: one of an older format is made anew
 DRAWS = 2000
 SAYS = {"random_directions": "on this data, at this K, the SAE's choice of directions adds nothing measurable",
         "random_latents": "which latents are taken makes no measurable difference on this data, at this K",
@@ -85,12 +86,13 @@ def points(differences):
 
 
 def summary(differences, groups):
-    """r_chosen - r_rejected of each seed [seeds, n] → accuracy (strict), interval, ties and the figure with ties as half."""
-    right = (differences > 0).astype(float)
-    mean, low, high = bootstrap(right, groups)
-    return {"accuracy": mean, "low": low, "high": high, "ties": float((differences == 0).mean()),
-            "ties_half": float(points(differences).mean()), "n": len(groups), "groups": len(np.unique(groups)),
-            "seeds": right.mean(1).tolist()}
+    """r_chosen - r_rejected of each seed [seeds, n] → accuracy (strict) and its interval, the share of ties, and the same with a
+    tie as half: ties_half, half_low, half_high."""
+    right, ties = (differences > 0).astype(float), float((differences == 0).mean())
+    strict = bootstrap(right, groups)
+    half = bootstrap(points(differences), groups) if ties else strict
+    return {**dict(zip(("accuracy", "low", "high"), strict)), "ties": ties, **dict(zip(("ties_half", "half_low", "half_high"), half)),
+            "n": len(groups), "groups": len(np.unique(groups)), "seeds": right.mean(1).tolist()}
 
 
 def gap(ours, theirs, groups):
@@ -560,7 +562,7 @@ def parents(args, data):
     """What an evaluation depends on: the head (its lineage leads to all the rest), other runs, the settings."""
     others = {name: [stage1.file_hash(p) for p in stage2.shard_files(run, data.meta["layer"])[0]] for name, run in args.other}
     head = stage1.file_hash(Path(args.run) / "reward_head.safetensors")
-    return {"head": head, "other": others, "sweeps": args.sweeps, "seeds": args.seeds, "texts": args.texts}
+    return {"format": FORMAT, "head": head, "other": others, "sweeps": args.sweeps, "seeds": args.seeds, "texts": args.texts}
 
 
 def report(args, result, written):
@@ -577,9 +579,9 @@ def report(args, result, written):
     if "k" in result["curves"]:
         curve = result["curves"]["k"]
         ks = sorted(curve["sparserm"], key=int)
-        print("\n  K a side           " + "".join(f"{k:>7}" for k in ks))
+        print("\n  K a side, ties half" + "".join(f"{k:>7}" for k in ks))
         for name in ("sparserm", "random_directions", "random_latents", "activations", "dense"):
-            print(f"  {name:<18} " + "".join(f"{curve[name][k]['accuracy']:>7.3f}" for k in ks))
+            print(f"  {name:<18} " + "".join(f"{curve[name][k]['ties_half']:>7.3f}" for k in ks))
         clear = [k for k in ks if curve["random_directions"][k]["behind"]["low"] > 0]
         print(f"  clearly above random directions at K = {', '.join(clear)} (each K by itself)" if clear else
               "  at no K clearly above random directions: on this data the SAE's choice adds nothing measurable")

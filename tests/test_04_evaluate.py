@@ -68,6 +68,8 @@ def test_a_tie_is_wrong_and_is_a_half_under_the_half_point_rule():
     assert found["accuracy"] == 0.5 and found["seeds"] == [0.5, 0.5] and found["ties"] == 3 / 8
     assert found["ties_half"] == 0.5 + 3 / 16 and found["n"] == 4 and found["groups"] == 3
     assert found["low"] <= 0.5 <= found["high"]
+    silent = stage4.summary(np.zeros((1, 4)), np.arange(4))             # a control that says nothing: a coin
+    assert [silent[n] for n in ("accuracy", "high", "ties_half", "half_low", "half_high")] == [0, 0, 0.5, 0.5, 0.5]
 
 
 def evaluated(run):
@@ -450,7 +452,11 @@ def test_the_same_command_gives_the_same_bytes_in_another_process(run, tmp_path)
 
 def test_a_second_call_shows_the_same_table_and_computes_nothing_unless_the_sweeps_differ(run, monkeypatch, capsys):
     assert set(evaluate(run, "--sweeps", "small")["curves"]) == {"k"}
-    assert evaluate(run, "--sweeps", "none")["curves"] == {}
+    found = evaluate(run, "--sweeps", "none")
+    assert found["curves"] == {}
+    older = json.dumps({"parent": {**found["parent"], "format": 1}, "accuracy": {}})
+    (run / "evaluation.json").write_text(older)
+    assert evaluate(run, "--sweeps", "none") == found
     before = (run / "evaluation.json").stat().st_mtime_ns
     monkeypatch.setattr(stage4, "evaluate", lambda *_: pytest.fail("computed again"))
     with tiny.argv("--run", run, "--seeds", 1, "--sweeps", "none", "--texts", 0):

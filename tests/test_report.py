@@ -210,14 +210,15 @@ def test_a_picture_is_a_png_the_same_at_every_drawing_and_none_without_matplotli
 
 
 def test_the_pictures_draw_the_numbers_of_the_evaluation():
-    row = lambda a: {"accuracy": a, "low": a - 0.1, "high": a + 0.2}
+    row = lambda a, ties=0: {"accuracy": a, "low": a - 0.1, "high": a + 0.2, "ties": ties, "ties_half": a + ties / 2,
+                             "half_low": a - 0.1 + ties / 2, "half_high": a + 0.2 + ties / 2}
     axes = Figure().subplots()
-    report.accuracy_plot(axes, {"sparserm": row(0.6), "dense": row(0.7), "words": row(0.5)})
-    drawn = [[float(x) for x in line.get_xdata()] for line in axes.lines]
-    assert drawn == [[0.4, 0.7], [0.5], pytest.approx([0.6, 0.9]), [0.7], [0.5, pytest.approx(0.8)], [0.6], [0.5, 0.5]]    # bottom up
+    report.accuracy_plot(axes, {"sparserm": row(0.6), "dense": row(0.7), "words": row(0.5, 0.25)})
+    drawn = [[float(x) for x in line.get_xdata()] for line in axes.lines]              # bottom up
+    assert drawn == [[0.4, 0.7], [0.5], [0.625], pytest.approx([0.6, 0.9]), [0.7], [0.5, pytest.approx(0.8)], [0.6], [0.5, 0.5]]
     assert [t.get_text().lower() for t in axes.get_yticklabels()] == ["words", "dense", "sparserm"]
     axes = Figure().subplots()
-    report.curve_plot(axes, {"sparserm": {"16": row(0.9), "2": row(0.6), "1": row(0.5)}, "dense": {"1": row(0.7)}}, "K")
+    report.curve_plot(axes, {"sparserm": {"16": row(0.9), "2": row(0.1, 1), "1": row(0.5)}, "dense": {"1": row(0.7)}}, "K")
     assert [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines] == [([1, 2, 16], [0.5, 0.6, 0.9]), ([1], [0.7])]
     assert len(axes.collections) == 1 and axes.get_xlabel() == "K"
     axes = Figure().subplots()
