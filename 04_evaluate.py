@@ -158,12 +158,12 @@ class Data(Pairs):
         self.run = run = Path(run)
         self.features, self.meta = stage1.load_stage(run / "features.safetensors", "02_select_features.py")
         self.head, self.head_meta = stage1.load_stage(run / "reward_head.safetensors", "03_train_head.py")
-        self.paths, _ = stage2.shard_files(run, self.meta["layer"])
-        if [stage1.file_hash(p) for p in self.paths] != self.meta["parent"]["activations"]:
+        paths, _ = stage2.shard_files(run, self.meta["layer"])
+        if [stage1.file_hash(p) for p in paths] != self.meta["parent"]["activations"]:
             raise stage1.UserError(f"the activations are not those that features.safetensors was made from · {run} · run 02 and 03 again")
         if self.head_meta["parent"]["features"] != stage1.file_hash(run / "features.safetensors"):
             raise stage1.UserError(f"reward_head.safetensors was made from another features.safetensors · {run} · run 03 again")
-        super().__init__(run, self.paths)
+        super().__init__(run, paths)
         if not (self.split == TEST).any():
             raise stage1.UserError(f"no pair is in the test split · {run} · more pairs, or another --split in 01")
         place = sae_path or self.meta["sae"]
@@ -304,6 +304,11 @@ def controls(data, seeds, sets):
 
 # ---------------------------------------------------------------- curves
 
+def turned(rows):
+    """{size: {name: summary}} → {name: {size: summary}}."""
+    return {name: {size: row[name] for size, row in rows.items()} for name in next(iter(rows.values()))}
+
+
 def k_curve(data, seeds, dense):
     """Accuracy on test with K fixed: SparseRM and the controls that have a K, K = 1, 2, 4 … → {name: {K: summary}}."""
     split, settings, total = data.split, data.head_meta["settings"], data.meta["k"]
@@ -311,13 +316,12 @@ def k_curve(data, seeds, dense):
     scores = {"sparserm": [score_pairs(data, data.features["directions"])],
               "activations": [activation_pairs(data, data.sae, data.features["latents"])],
               **{name: [score_pairs(data, directions_of(data, name, 2 * total, seed)) for seed in seeds] for name in RANDOM}}
-    options, curve = stage3.k_options(total), {name: {} for name in scores}
+    options, rows = stage3.k_options(total), {}
     for k in tqdm(options, desc="K curve", unit="K", disable=None):
-        found = {name: np.stack([fit_and_test(*both, split, {k: options[k]}, settings)[1] for both in many])
-                 for name, many in scores.items()}
-        for name, row in side_by_side(found, groups).items():
-            curve[name][str(k)] = row
-    return curve | {"dense": {str(k): dense for k in options}}         # has no K: the same everywhere
+        rows[str(k)] = {"dense": dense, **side_by_side({             # dense has no K: the same everywhere
+            name: np.stack([fit_and_test(*both, split, {k: options[k]}, settings)[1] for both in many])
+            for name, many in scores.items()}, groups)}
+    return turned(rows)
 
 
 def pairs_curve(data, seeds, sizes=(50, 100, 200, 500, 1000)):
@@ -325,7 +329,7 @@ def pairs_curve(data, seeds, sizes=(50, 100, 200, 500, 1000)):
     split, settings, k = data.split, data.head_meta["settings"], data.head_meta["k"]
     groups, train = data.group[(split == TEST).numpy()], (split == TRAIN).nonzero().flatten()
     order = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))]
-    curve = {name: {} for name in ("sparserm", "dense", *RANDOM, "activations")}
+    rows = {}
     for n in tqdm([*(s for s in sizes if s < len(train)), len(train)], desc="pairs curve", unit="size", disable=None):
         part = split.clone()
         part[order[n:]] = 3                     # neither train, dev nor test
@@ -334,9 +338,8 @@ def pairs_curve(data, seeds, sizes=(50, 100, 200, 500, 1000)):
         found = {"sparserm": fit(score_pairs(data, data.sae.W_dec[latents]))[None], "dense": fit(data.z, DENSE)[None],
                  "activations": fit(activation_pairs(data, data.sae, latents))[None],
                  **{name: np.stack([fit(score_pairs(data, directions_of(data, name, 2 * k, s))) for s in seeds]) for name in RANDOM}}
-        for name, row in side_by_side(found, groups).items():
-            curve[name][str(n)] = row
-    return curve
+        rows[str(n)] = side_by_side(found, groups)
+    return turned(rows)
 
 
 # ---------------------------------------------------------------- are the latents, and what is said of them, worth believing
@@ -565,17 +568,20 @@ def parents(args, data):
     return {"format": FORMAT, "head": head, "other": others, "sweeps": args.sweeps, "seeds": args.seeds, "texts": args.texts}
 
 
+def accuracy_lines(what, rows):
+    """{name: summary, of a control with `behind`} → lines: SparseRM, then the controls by accuracy."""
+    yield f"\n{what} on {rows['sparserm']['n']} test pairs of {rows['sparserm']['groups']} prompts".ljust(54) + "SparseRM minus it"
+    for name in sorted(rows, key=lambda n: ("behind" in rows[n], -rows[n]["accuracy"])):
+        row = rows[name]
+        yield (f"  {name:<18} {row['accuracy']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]"
+               + ("   {mean:+.3f}  [{low:+.3f}, {high:+.3f}]".format(**row["behind"]) if "behind" in row else "")
+               + (f"   ties {row['ties']:.1%}, as half {row['ties_half']:.3f}" if row["ties"] > 0.005 else ""))
+
+
 def report(args, result, written):
     """The table at the end, and in words what it says."""
     a, d = result["accuracy"], result["differences"]
-    print(f"\naccuracy on {a['sparserm']['n']} test pairs of {a['sparserm']['groups']} prompts            SparseRM minus it"
-          f"\n  {'sparserm':<18} {a['sparserm']['accuracy']:.3f}  [{a['sparserm']['low']:.3f}, {a['sparserm']['high']:.3f}]   "
-          f"K = {a['sparserm']['choice']} a side")
-    for name in sorted(d, key=lambda n: -a[n]["accuracy"]):
-        row, ahead = a[name], d[name]
-        print(f"  {name:<18} {row['accuracy']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]   "
-              f"{ahead['mean']:+.3f}  [{ahead['low']:+.3f}, {ahead['high']:+.3f}]"
-              + (f"   ties {row['ties']:.1%}, as half {row['ties_half']:.3f}" if row["ties"] > 0.005 else ""))
+    print(*accuracy_lines("accuracy", {n: row | ({"behind": d[n]} if n in d else {}) for n, row in a.items()}), sep="\n")
     if "k" in result["curves"]:
         curve = result["curves"]["k"]
         ks = sorted(curve["sparserm"], key=int)
@@ -586,14 +592,12 @@ def report(args, result, written):
         print(f"  clearly above random directions at K = {', '.join(clear)} (each K by itself)" if clear else
               "  at no K clearly above random directions: on this data the SAE's choice adds nothing measurable")
     for name, row in result["other"].items():
-        print(f"\non {row['n']} test pairs of {name}, trained on this run   SparseRM minus it")
-        for name, r in {"sparserm": row, **row["controls"]}.items():
-            print(f"  {name:<18} {r['accuracy']:.3f}  [{r['low']:.3f}, {r['high']:.3f}]" + (
-                "   {mean:+.3f}  [{low:+.3f}, {high:+.3f}]".format(**r["behind"]) if "behind" in r else ""))
+        print(*accuracy_lines(f"{name}: the same heads", {"sparserm": row, **row["controls"]}), sep="\n")
     c, n = result["calibration"], result["length"]
     print(f"\ncalibration  T {c['temperature']:.2f} · NLL {c['nll']:.3f} · Brier {c['brier']:.3f} · ECE {c['ece']:.3f}"
           f"\nlength       correlation with the reward {n['correlation']:+.2f}"
-          f"\nparameters   {result['cost']['trained_parameters']:,} trained, {result['cost']['share']:.1e} of the backbone"
+          f"\nparameters   {result['cost']['trained_parameters']:,} trained (K = {a['sparserm']['choice']} a side), "
+          f"{result['cost']['share']:.1e} of the backbone"
           f"\nselection    {result['stability']['mean']:.0%} of the latents are chosen again on resampled train prompts "
           f"(by chance {result['stability']['chance']:.0%})"
           f"\nwritten      {args.run}/evaluation.json, {', '.join(written)}")
