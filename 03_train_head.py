@@ -66,6 +66,11 @@ def apply_head(head, x):
     return torch.relu(x @ head["w1"].T + head["b1"]) @ head["w2"] + head["b2"]
 
 
+def trained_parameters(tensors):
+    """How many numbers of a head were trained."""
+    return sum(tensors[n].numel() for n in ("w1", "b1", "w2", "b2") if n in tensors)
+
+
 def fit_head(chosen, rejected, split, columns=slice(None), kind="linear", loss="bt", margin=1.0, hidden=512, lr=0.01, weight_decay=0.1,
              epochs=200, patience=20, batch=256, seed=0):
     """Train one head on some columns of the standardised scores [n, m] of both sides → (head, its loss on dev).
@@ -380,7 +385,7 @@ def train(args, t, record, out):
 
 def report(args, seconds, t, meta):
     """The table at the end."""
-    trained, found = sum(t[n].numel() for n in ("w1", "b1", "w2", "b2") if n in t), meta["accuracy"]
+    trained, found = trained_parameters(t), meta["accuracy"]
     if meta["k_curve"]:
         print("\ndev loss by K   " + "   ".join(f"{c}: {meta['k_curve'][c]:.3f}" for c in sorted(meta["k_curve"], key=int)))
     print(f"\nhead         {args.head}, loss {args.loss}, K = {meta['k']} a side ({2 * meta['k']} directions)"

@@ -31,7 +31,9 @@ import shlex
 import time
 import zlib
 from collections import Counter
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -45,7 +47,10 @@ stage1, stage2, stage3 = (importlib.import_module(n) for n in ("01_extract", "02
 TRAIN, DEV, TEST = stage1.TRAIN, stage1.DEV, stage1.TEST
 # dense and words have no K: dev chooses their L2 penalty instead
 DENSE = {d: {"columns": slice(None), "weight_decay": d} for d in (0.0001, 0.001, 0.01, 0.1, 1.0)}
+ALL = {"all": {"columns": slice(None)}}
+SIDES, RANDOM = ("chosen", "rejected"), ("random_directions", "random_latents")
 WORD_COLUMNS = 2**13     # at most
+FORMAT = 2               # of evaluation.json: one of an older format is made anew
 DRAWS = 2000
 SAYS = {"random_directions": "on this data, at this K, the SAE's choice of directions adds nothing measurable",
         "random_latents": "which latents are taken makes no measurable difference on this data, at this K",
@@ -81,17 +86,24 @@ def points(differences):
 
 
 def summary(differences, groups):
-    """r_chosen - r_rejected of each seed [seeds, n] → accuracy (strict), interval, ties and the figure with ties as half."""
-    right = (differences > 0).astype(float)
-    mean, low, high = bootstrap(right, groups)
-    return {"accuracy": mean, "low": low, "high": high, "ties": float((differences == 0).mean()),
-            "ties_half": float(points(differences).mean()), "n": len(groups), "groups": len(np.unique(groups)),
-            "seeds": right.mean(1).tolist()}
+    """r_chosen - r_rejected of each seed [seeds, n] → accuracy (strict) and its interval, the share of ties, and the same with a
+    tie as half: ties_half, half_low, half_high."""
+    right, ties = (differences > 0).astype(float), float((differences == 0).mean())
+    strict = bootstrap(right, groups)
+    half = bootstrap(points(differences), groups) if ties else strict
+    return {**dict(zip(("accuracy", "low", "high"), strict)), "ties": ties, **dict(zip(("ties_half", "half_low", "half_high"), half)),
+            "n": len(groups), "groups": len(np.unique(groups)), "seeds": right.mean(1).tolist()}
 
 
 def gap(ours, theirs, groups):
     """SparseRM minus a control, pair by pair, ties as half → {mean, low, high}."""
     return dict(zip(("mean", "low", "high"), bootstrap(points(ours).mean(0) - points(theirs), groups)))
+
+
+def side_by_side(found, groups):
+    """{name: r_chosen - r_rejected [seeds, n]} → {name: summary}; of a control also `behind`: SparseRM minus it."""
+    ours = found["sparserm"]
+    return {name: summary(d, groups) | ({"behind": gap(ours, d, groups)} if d is not ours else {}) for name, d in found.items()}
 
 
 def calibration(differences, temperature, pairs_a_bin=50):
@@ -121,52 +133,63 @@ def length_figures(reward_chosen, reward_rejected, chosen_tokens, rejected_token
 
 # ---------------------------------------------------------------- the data of a run
 
-class Data:
-    """Everything cached about a run: z of both sides [n, d], split, group, lengths, and what stages 2 and 3 recorded."""
+class Pairs:
+    """The pairs of a run: z of both sides [n, d], split, group, lengths of both sides, and their rows in pairs.jsonl."""
+
+    def __init__(self, run, paths):
+        chunks = list(stage2.read_chunks(paths))
+        column = lambda name: torch.cat([c[name] for c in chunks])
+        self.z = [column(side).float() for side in SIDES]
+        self.split, self.group = column("split"), column("group").numpy()
+        self.tokens = [column(f"{side}_tokens").numpy() for side in SIDES]
+        self.pairs = [json.loads(line) for line in (Path(run) / "pairs.jsonl").open(encoding="utf-8")]
+
+    def part(self, rows):
+        """Only the pairs where rows [n] is true: all that a control may see of them."""
+        at = rows.nonzero().flatten().numpy()
+        return SimpleNamespace(z=[z[rows] for z in self.z], group=self.group[at], tokens=[t[at] for t in self.tokens],
+                               pairs=[self.pairs[n] for n in at])
+
+
+class Data(Pairs):
+    """The pairs of the run that is evaluated, and what stages 2 and 3 recorded."""
 
     def __init__(self, run, sae_path=None):
         self.run = run = Path(run)
         self.features, self.meta = stage1.load_stage(run / "features.safetensors", "02_select_features.py")
         self.head, self.head_meta = stage1.load_stage(run / "reward_head.safetensors", "03_train_head.py")
-        self.paths, shard_meta = stage2.shard_files(run, self.meta["layer"])
-        if [stage1.file_hash(p) for p in self.paths] != self.meta["parent"]["activations"]:
+        paths, _ = stage2.shard_files(run, self.meta["layer"])
+        if [stage1.file_hash(p) for p in paths] != self.meta["parent"]["activations"]:
             raise stage1.UserError(f"the activations are not those that features.safetensors was made from · {run} · run 02 and 03 again")
         if self.head_meta["parent"]["features"] != stage1.file_hash(run / "features.safetensors"):
             raise stage1.UserError(f"reward_head.safetensors was made from another features.safetensors · {run} · run 03 again")
-        chunks = list(stage2.read_chunks(self.paths))
-        self.z = [torch.cat([c[side] for c in chunks]).float() for side in ("chosen", "rejected")]
-        self.split, self.group, self.tokens = read_columns(chunks)
+        super().__init__(run, paths)
         if not (self.split == TEST).any():
             raise stage1.UserError(f"no pair is in the test split · {run} · more pairs, or another --split in 01")
-        self.pairs = [json.loads(line) for line in (run / "pairs.jsonl").open(encoding="utf-8")]
         place = sae_path or self.meta["sae"]
         self.sae = load_sae(place, getattr(torch, self.meta["sae_dtype"]), k=self.meta["k_sae"])
         if stage1.file_hash(self.sae.info["weights"]) != self.meta["parent"]["sae"]:
             raise stage1.UserError(f"not the SAE that features.safetensors was made with · {place} · run 02 again, or pass --sae")
 
 
-def read_columns(chunks):
-    """Chunks of shards → split [n], group [n], (chosen, rejected) lengths."""
-    column = lambda name: torch.cat([c[name] for c in chunks])
-    return column("split"), column("group").numpy(), (column("chosen_tokens").numpy(), column("rejected_tokens").numpy())
+def fit_control(chosen, rejected, split, options, settings, seeds=(0,), scale=True):
+    """Search on dev, as stage 3 does for SparseRM → (name of the chosen option, its head, read).
 
-
-def standardise(chosen, rejected, split):
-    """Scores of both sides → the same with mean 0, std 1 on train."""
-    mean, std = stage2.standardisation((chosen, rejected), split == TRAIN)
-    return (chosen - mean) / std, (rejected - mean) / std
-
-
-def fit_and_test(chosen, rejected, split, options, settings, seeds=(0,), scale=True):
-    """Search on dev, read test, as stage 3 does for SparseRM → (name of the chosen option, r_chosen - r_rejected [n_test]).
-
-    scale: standardise on train first. seeds: heads to train, of which the one with the lowest dev loss is kept.
+    read(chosen, rejected) → r_chosen - r_rejected [n] of any pairs. scale: standardise on train first.
+    seeds: heads to train, of which the one with the lowest dev loss is kept.
     """
-    if scale:
-        chosen, rejected = standardise(chosen, rejected, split)
-    name, heads, losses, _ = stage3.fit_best(chosen, rejected, split, options, seeds, **settings)
-    head, columns, test = heads[int(np.argmin(losses))], options[name]["columns"], split == TEST
-    return name, (stage3.apply_head(head, chosen[test][:, columns]) - stage3.apply_head(head, rejected[test][:, columns])).numpy()
+    mean, std = stage2.standardisation((chosen, rejected), split == TRAIN) if scale else (None, None)
+    scaled = lambda x: (x - mean) / std if scale else x
+    name, heads, losses, _ = stage3.fit_best(scaled(chosen), scaled(rejected), split, options, seeds, **settings)
+    head, columns = {**heads[int(np.argmin(losses))], "std": std}, options[name]["columns"]
+    reward = lambda x: stage3.apply_head(head, scaled(x)[:, columns])
+    return name, head, lambda chosen, rejected: (reward(chosen) - reward(rejected)).numpy()
+
+
+def fit_and_test(chosen, rejected, split, *how, **options):
+    """fit_control, read on the test pairs → (name of the chosen option, r_chosen - r_rejected [n_test])."""
+    name, _, read = fit_control(chosen, rejected, split, *how, **options)
+    return name, read(chosen[split == TEST], rejected[split == TEST])
 
 
 # ---------------------------------------------------------------- the controls
@@ -187,31 +210,35 @@ def latent_activations(sae, z, latents):
     return torch.cat([sae.encode(part)[:, latents] for part in z.split(1024)])
 
 
-def activation_pairs(data, latents):
+def activation_pairs(pairs, sae, latents):
     """SAE activations of both sides, [n, len(latents)] each."""
-    return [latent_activations(data.sae, z, latents) for z in data.z]
+    return [latent_activations(sae, z, latents) for z in pairs.z]
 
 
-def score_pairs(data, directions):
+def score_pairs(pairs, directions):
     """Alignment scores of both sides, [n, len(directions)] each."""
-    return [stage2.alignment_scores(z, directions) for z in data.z]
+    return [stage2.alignment_scores(z, directions) for z in pairs.z]
+
+
+def grams(text):
+    """The 1- and 2-grams of a text, hashed → set of int."""
+    words = re.findall(r"\w+", text.casefold())
+    return {zlib.crc32(g.encode()) % 2**20 for g in (*words, *map(" ".join, zip(words, words[1:])))}
 
 
 def word_features(texts, split):
-    """1- and 2-grams of the responses, hashed; those in at least two train responses become columns (the WORD_COLUMNS most
-    frequent), weighted by rarity, rows of norm 1 → [n, columns] a side."""
-    grams = [[{zlib.crc32(g.encode()) % 2**20 for g in (*words, *map(" ".join, zip(words, words[1:])))}
-              for words in (re.findall(r"\w+", text.casefold()) for text in side)] for side in texts]
-    count = Counter(g for side in grams for n in (split == TRAIN).nonzero().flatten().tolist() for g in side[n])
+    """Responses of both sides → what turns such texts into rows [n, columns] a side: the grams of at least two train responses
+    (the WORD_COLUMNS most frequent), weighted by rarity, rows of norm 1."""
+    count = Counter(g for side in texts for n in (split == TRAIN).nonzero().flatten().tolist() for g in grams(side[n]))
     column = {g: i for i, (g, c) in enumerate(count.most_common(WORD_COLUMNS)) if c > 1}
     rarity = torch.tensor([math.log(2 * len(split) / count[g]) for g in column])
-    sides = []
-    for side in grams:
+
+    def rows(side):
         matrix = torch.zeros(len(side), len(column))
-        for n, found in enumerate(side):
-            matrix[n, [column[g] for g in found if g in column]] = 1.0
-        sides.append(F.normalize(matrix * rarity, dim=1))
-    return sides
+        for n, text in enumerate(side):
+            matrix[n, [column[g] for g in grams(text) if g in column]] = 1.0
+        return F.normalize(matrix * rarity, dim=1)
+    return lambda texts: [rows(side) for side in texts]
 
 
 def shuffled_sides(z, split, seed):
@@ -228,68 +255,73 @@ def directions_of(data, name, count, seed):
     return data.sae.W_dec[random_latents(frequency, count, seed)]
 
 
-def method_from_scratch(data, z, split, k_total, options, settings, seeds=(0,)):
-    """Selection, projection, head on the given sides and split (for shuffled labels and for fewer pairs)."""
-    latents = select_on(data, z, split, k_total)
-    total = len(latents) // 2
-    options = {k: stage3.k_options(total, k)[k] for k in options if k <= total} or stage3.k_options(total, total)
-    return fit_and_test(*(stage2.alignment_scores(side, data.sae.W_dec[latents]) for side in z), split, options, settings, seeds)
-
-
 def select_on(data, z, split, k):
     """Stage 2's selection on the train pairs of another split or labelling → latents."""
     return stage2.select_latents(*stage2.firing_frequencies(data.sae, [{"chosen": z[0], "rejected": z[1], "split": split}])[:2], k)
 
 
-def controls(data, seeds):
-    """All controls → {name: (chosen option, r_chosen - r_rejected [seeds, n_test])}. The heads get what SparseRM's got."""
-    f, split, settings, total = data.features, data.split, data.head_meta["settings"], data.meta["k"]
-    options = stage3.k_options(total, data.head_meta["asked"]["k"])
-    trials = range(data.head_meta["asked"]["seeds"])
-    texts = [[p[side] for p in data.pairs] for side in ("chosen", "rejected")]
-    longer = torch.from_numpy(data.tokens[0] - data.tokens[1]).float()
-    sign = torch.sign(longer[split == TRAIN].sign().sum())
+def controls(data, seeds, sets):
+    """All controls → {name: (chosen option, head, [r_chosen - r_rejected [seeds, n] of each of the sets of pairs])}.
 
-    def several(fit):
-        fits = [fit(seed) for seed in seeds]
-        return [name for name, _ in fits], np.stack([d for _, d in fits])
+    A control is a view: what it sees of pairs, [n, m] a side. The heads get what SparseRM's got.
+    """
+    latents, split, settings, total = data.features["latents"], data.split, data.head_meta["settings"], data.meta["k"]
+    options, trials = stage3.k_options(total, data.head_meta["asked"]["k"]), range(data.head_meta["asked"]["seeds"])
+    texts = lambda pairs: [[p[side] for p in pairs.pairs] for side in SIDES]
+    longer = lambda pairs: (pairs.tokens[0] - pairs.tokens[1]).astype(np.float32)
+    sign = np.sign(np.sign(longer(data)[split == TRAIN]).sum())
 
-    def random_basis(name):
-        scores = lambda seed: score_pairs(data, directions_of(data, name, 2 * total, seed))
-        return several(lambda seed: fit_and_test(*scores(seed), split, options, settings, trials))
+    def fit(view, options=options, settings=settings, seeds=trials, train=data, **how):
+        name, head, read = fit_control(*view(train), split, options, settings, seeds, **how)
+        return name, head, [read(*view(pairs))[None] for pairs in sets]
 
-    def one(name, difference):
-        return name, difference[None]
-    jobs = {
-        "dense": lambda: one(*fit_and_test(*data.z, split, DENSE, settings, trials)),
-        "random_directions": lambda: random_basis("random_directions"),
-        "random_latents": lambda: random_basis("random_latents"),
-        "activations": lambda: one(*fit_and_test(*activation_pairs(data, f["latents"]), split, options, settings, trials)),
-        "words": lambda: one(*fit_and_test(*word_features(texts, split), split, DENSE, {**settings, "kind": "linear"}, scale=False)),
-        "length": lambda: one(float(sign), (longer * sign)[split == TEST].numpy()),
-        "shuffled_labels": lambda: several(lambda s: method_from_scratch(data, shuffled_sides(data.z, split, s), split, total, options,
-                                                                         settings, trials)),
-    }
+    def several(fit_draw):
+        names, heads, found = zip(*map(fit_draw, seeds))
+        return list(names), list(heads), [np.concatenate(d) for d in zip(*found)]
+
+    def basis(name):
+        def draw(seed):
+            directions = directions_of(data, name, 2 * total, seed)
+            return fit(lambda pairs: score_pairs(pairs, directions))
+        return several(draw)
+
+    def words():
+        view = word_features(texts(data), split)
+        return fit(lambda pairs: view(texts(pairs)), DENSE, {**settings, "kind": "linear"}, (0,), scale=False)
+
+    def shuffled(seed):                 # the whole method, from the selection on
+        z = shuffled_sides(data.z, split, seed)
+        directions = data.sae.W_dec[select_on(data, z, split, total)]
+        found = len(directions) // 2
+        fewer = {k: stage3.k_options(found, k)[k] for k in options if k <= found} or stage3.k_options(found, found)
+        return fit(lambda pairs: score_pairs(pairs, directions), fewer, train=SimpleNamespace(z=z))
+    jobs = {"dense": lambda: fit(lambda pairs: pairs.z, DENSE), **{name: partial(basis, name) for name in RANDOM},
+            "activations": lambda: fit(lambda pairs: activation_pairs(pairs, data.sae, latents)), "words": words,
+            "length": lambda: (float(sign), None, [sign * longer(pairs)[None] for pairs in sets]),
+            "shuffled_labels": lambda: several(shuffled)}
     return {name: job() for name, job in tqdm(jobs.items(), desc="controls", unit="control", disable=None)}
 
 
 # ---------------------------------------------------------------- curves
+
+def turned(rows):
+    """{size: {name: summary}} → {name: {size: summary}}."""
+    return {name: {size: row[name] for size, row in rows.items()} for name in next(iter(rows.values()))}
+
 
 def k_curve(data, seeds, dense):
     """Accuracy on test with K fixed: SparseRM and the controls that have a K, K = 1, 2, 4 … → {name: {K: summary}}."""
     split, settings, total = data.split, data.head_meta["settings"], data.meta["k"]
     groups = data.group[(split == TEST).numpy()]
     scores = {"sparserm": [score_pairs(data, data.features["directions"])],
-              "activations": [activation_pairs(data, data.features["latents"])]}
-    for name in ("random_directions", "random_latents"):
-        scores[name] = [score_pairs(data, directions_of(data, name, 2 * total, seed)) for seed in seeds]
-    options, curve = stage3.k_options(total), {name: {} for name in scores}
+              "activations": [activation_pairs(data, data.sae, data.features["latents"])],
+              **{name: [score_pairs(data, directions_of(data, name, 2 * total, seed)) for seed in seeds] for name in RANDOM}}
+    options, rows = stage3.k_options(total), {}
     for k in tqdm(options, desc="K curve", unit="K", disable=None):
-        found = {name: np.stack([fit_and_test(*both, split, {k: options[k]}, settings)[1] for both in many])
-                 for name, many in scores.items()}
-        for name, d in found.items():
-            curve[name][str(k)] = summary(d, groups) | ({"behind": gap(found["sparserm"], d, groups)} if name != "sparserm" else {})
-    return curve | {"dense": {str(k): dense for k in options}}         # has no K: the same everywhere
+        rows[str(k)] = {"dense": dense, **side_by_side({             # dense has no K: the same everywhere
+            name: np.stack([fit_and_test(*both, split, {k: options[k]}, settings)[1] for both in many])
+            for name, many in scores.items()}, groups)}
+    return turned(rows)
 
 
 def pairs_curve(data, seeds, sizes=(50, 100, 200, 500, 1000)):
@@ -297,19 +329,17 @@ def pairs_curve(data, seeds, sizes=(50, 100, 200, 500, 1000)):
     split, settings, k = data.split, data.head_meta["settings"], data.head_meta["k"]
     groups, train = data.group[(split == TEST).numpy()], (split == TRAIN).nonzero().flatten()
     order = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))]
-    curve = {name: {} for name in ("sparserm", "dense", "random_directions", "random_latents", "activations")}
+    rows = {}
     for n in tqdm([*(s for s in sizes if s < len(train)), len(train)], desc="pairs curve", unit="size", disable=None):
         part = split.clone()
         part[order[n:]] = 3                     # neither train, dev nor test
-        fit = lambda both, part=part: fit_and_test(*both, part, {k: {"columns": slice(None)}}, settings)[1]
-        found = {"sparserm": method_from_scratch(data, data.z, part, k, {k}, settings)[1][None],
-                 "dense": fit_and_test(*data.z, part, DENSE, settings)[1][None],
-                 "activations": fit(activation_pairs(data, select_on(data, data.z, part, k)))[None],
-                 **{name: np.stack([fit(score_pairs(data, directions_of(data, name, 2 * k, s))) for s in seeds])
-                    for name in ("random_directions", "random_latents")}}
-        for name, d in found.items():
-            curve[name][str(n)] = summary(d, groups)
-    return curve
+        fit = lambda both, options=ALL, part=part: fit_and_test(*both, part, options, settings)[1]
+        latents = select_on(data, data.z, part, k)
+        found = {"sparserm": fit(score_pairs(data, data.sae.W_dec[latents]))[None], "dense": fit(data.z, DENSE)[None],
+                 "activations": fit(activation_pairs(data, data.sae, latents))[None],
+                 **{name: np.stack([fit(score_pairs(data, directions_of(data, name, 2 * k, s))) for s in seeds]) for name in RANDOM}}
+        rows[str(n)] = side_by_side(found, groups)
+    return turned(rows)
 
 
 # ---------------------------------------------------------------- are the latents, and what is said of them, worth believing
@@ -354,16 +384,22 @@ def separation_on_test(data):
     return np.quantile((drawn @ (fires[0].float() - fires[1].float()) / drawn.sum(1, keepdim=True)).numpy(), (0.025, 0.975), axis=0)
 
 
-def ablation_test(data, model, draws=20):
+def train_shares(data, model):
+    """What each direction adds to chosen minus rejected on train, on average; and its |weight| (MLP: the mean size of its
+    ablation) → [2K] torch, [2K] numpy."""
+    parts = [model.contributions(z[data.split == TRAIN]) for z in data.z]
+    weight = torch.cat(parts).abs().mean(0) if "w2" in model.head else model.head["w1"].abs()
+    return (parts[0] - parts[1]).mean(0), weight.numpy()
+
+
+def ablation_test(data, model, adds, weight, draws=20):
     """Do the latents that tell train pairs apart do so on test? Set their scores to the mean there, against random ones, of those
     that help on train too, of equal total |weight| → {number: {top, random: summary; fall: how much more accuracy the top ones cost;
     reached: what share of their weight the random ones have}}.
 
     An intervention on the head's input, not on the language model. That the top ones matter on *train* is by construction.
+    adds, weight: see train_shares.
     """
-    parts = [model.contributions(z[data.split == TRAIN]) for z in data.z]
-    adds = (parts[0] - parts[1]).mean(0)
-    weight = (torch.cat(parts).abs().mean(0) if "w2" in model.head else model.head["w1"].abs()).numpy()
     test = data.split == TEST
     scores, groups = [model.scores_of(z[test]) for z in data.z], data.group[test.numpy()]
 
@@ -384,17 +420,15 @@ def ablation_test(data, model, draws=20):
     return result
 
 
-def fold(data, model):
+def fold(data, model, dense):
     """A linear head is one vector u of the residual stream: its cosine to the mean of chosen minus rejected on train, and to the
-    dense head's vector (trained with the same search)."""
+    vector of the dense control's head."""
     if "w2" in model.head:
         return None
     train, (u, _) = data.split == TRAIN, model.vector()
-    _, heads, _, _ = stage3.fit_best(*standardise(*data.z, data.split), data.split, DENSE, (0,), **data.head_meta["settings"])
-    _, std = stage2.standardisation(data.z, train)
     cosine = lambda other: float(F.cosine_similarity(u, other, 0))
     return {"norm": float(u.norm()), "cosine_mean_difference": cosine((data.z[0][train] - data.z[1][train]).mean(0)),
-            "cosine_dense": cosine(heads[0]["w1"] / std)}
+            "cosine_dense": cosine(dense["w1"] / dense["std"])}
 
 
 def most_wrong(data, difference, count=10):
@@ -416,82 +450,71 @@ def in_words(result, sae_warnings):
     accuracy = result["accuracy"]
     if accuracy["sparserm"]["low"] <= 0.5:
         found.insert(0, "the interval of SparseRM's own accuracy reaches down to one half: no better than a coin is not ruled out")
-    if accuracy.get("shuffled_labels", {"low": 0})["low"] > 0.5:
+    if accuracy["shuffled_labels"]["low"] > 0.5:
         found.insert(0, "with shuffled labels the method is right more than half the time: test pairs leak into training, look for it")
-    if accuracy.get("words", {"high": 1})["high"] < 0.5:
+    if accuracy["words"]["high"] < 0.5:
         found.append("words: below one half, so the lead over them looks larger than it is")
     return found + [f"SAE: {w}" for w in sae_warnings]
 
 
 # ---------------------------------------------------------------- the stage
 
-def head_rewards(data, z):
-    """Rewards of the trained head of a run on residual vectors [n, d] → numpy [n]."""
-    return stage3.RewardModel(data.head, data.head_meta, None).reward_of(z).numpy()
-
-
 def other_set(data, name, run):
-    """The same head on the test pairs of another run (another data set, same backbone, layer and token rule)."""
+    """The test pairs of another run (another data set, same backbone, layer and token rule) whose questions this head has not seen."""
     paths, meta = stage2.shard_files(run, data.meta["layer"])
     for key in ("model", "files", "template", "layer", "token", "max_length"):
         if meta[key] != data.meta[key]:
             raise stage1.UserError(f"{key} {meta[key]} there, {data.meta[key]} here · --other {name}={run} · "
                                    f"extract it with the same {key}")
-    chunks = list(stage2.read_chunks(paths))
-    split, group, _ = read_columns(chunks)
-    seen = np.isin(group, data.group[(data.split != TEST).numpy()])         # questions that this head was trained on
-    test = (split == TEST) & ~torch.from_numpy(seen)
+    other = Pairs(run, paths)
+    seen = np.isin(other.group, data.group[(data.split != TEST).numpy()])         # questions that this head was trained on
+    test = (other.split == TEST) & ~torch.from_numpy(seen)
     if not test.any():
         raise stage1.UserError(f"no test pair that this head has not seen · --other {name}={run} · another data set")
-    rewards = [head_rewards(data, torch.cat([c[side] for c in chunks])[test].float()) for side in ("chosen", "rejected")]
-    return summary((rewards[0] - rewards[1])[None], group[test.numpy()])
-
-
-def open_backbone(data, args):
-    """The language model for --texts; None where none are asked for."""
-    return stage3.RewardModel.load(data.run / "reward_head.safetensors", device=args.device).backbone if args.texts else None
+    return other.part(test)
 
 
 def evaluate(data, args):
     """→ (evaluation, timings): everything of evaluation.json."""
-    test = (data.split == TEST)
-    groups, times, seeds = data.group[test.numpy()], {}, list(range(args.seeds))
+    times, seeds, meta, asked = {}, list(range(args.seeds)), data.meta, data.head_meta
 
-    def timed(name, call):
+    def timed(name, call, *args):
         started = time.perf_counter()
-        result = call()
+        result = call(*args)
         times[name] = round(time.perf_counter() - started, 2)
         return result
-    others = {name: other_set(data, name, run) for name, run in args.other}        # first: what is refused costs no time
-    model, backbone = stage3.RewardModel(data.head, data.head_meta, None), open_backbone(data, args)       # so does this
-    latents = timed("latents", lambda: page.latent_rows(data, model, backbone, separation_on_test(data), args.texts))
-    reward = [head_rewards(data, z[test]) for z in data.z]
-    found = {"sparserm": (data.head_meta["k"], (reward[0] - reward[1])[None]), **timed("controls", lambda: controls(data, seeds))}
-    result = {"accuracy": {name: {**summary(d, groups), "choice": choice} for name, (choice, d) in found.items()}, "differences": {}}
-    for name, (_, d) in found.items():
-        if name != "sparserm":
-            result["differences"][name] = gap(found["sparserm"][1], d, groups)
-    result["calibration"] = calibration(reward[0] - reward[1], float(data.head["temperature"]))
-    result["length"] = length_figures(*reward, *(t[test.numpy()] for t in data.tokens))
-    result["curves"] = {}
+    own, others = data.part(data.split == TEST), {name: other_set(data, name, run) for name, run in args.other}
+    model, sets = stage3.RewardModel(data.head, asked, None), [own, *others.values()]
+    backbone = stage3.RewardModel.load(data.run / "reward_head.safetensors", device=args.device).backbone if args.texts else None
+    adds, weight = train_shares(data, model)                # what is refused is refused by now, and costs no time
+    latents = timed("latents", page.latent_rows, data, adds, backbone, separation_on_test(data), args.texts)
+    fitted = timed("controls", controls, data, seeds, sets)
+    reward = [[model.reward_of(z).numpy() for z in pairs.z] for pairs in sets]
+    rows = [side_by_side({"sparserm": (c - r)[None], **{name: found[n] for name, (_, _, found) in fitted.items()}}, pairs.group)
+            for n, (pairs, (c, r)) in enumerate(zip(sets, reward))]
+    difference, first = reward[0][0] - reward[0][1], rows[0]
+    result = {"differences": {name: first[name].pop("behind") for name in fitted},
+              "accuracy": {name: {**row, "choice": fitted[name][0] if name in fitted else asked["k"]} for name, row in first.items()},
+              "other": {name: {**row.pop("sparserm"), "controls": row} for name, row in zip(others, rows[1:])},
+              "calibration": calibration(difference, float(data.head["temperature"])),
+              "length": length_figures(*reward[0], *own.tokens), "curves": {}}
     if args.sweeps != "none":
-        result["curves"]["k"] = timed("k curve", lambda: k_curve(data, seeds, result["accuracy"]["dense"]))
+        result["curves"]["k"] = timed("k curve", k_curve, data, seeds, result["accuracy"]["dense"])
     if args.sweeps == "full":
-        result["curves"]["pairs"] = timed("pairs curve", lambda: pairs_curve(data, seeds))
-    trained = sum(data.head[n].numel() for n in ("w1", "b1", "w2", "b2") if n in data.head)
-    backbone = data.meta["parameters"]
-    result["cost"] = {"trained_parameters": trained, "backbone_parameters": backbone, "share": trained / backbone}
-    result["other"] = others
-    result["sae"] = {**data.meta["health"], "warnings": data.meta["warnings"]}
-    result["run"] = {"model": Path(data.meta["model"]).name, "layer": data.meta["layer"], "token": data.meta["token"],
-                     "sae": Path(data.meta["sae"]).name} | {      # names, not paths: a page is passed on
-        "k": data.head_meta["k"], "settings": data.head_meta["settings"],
-        "pairs": {name: int((data.split == s).sum()) for s, name in enumerate(stage1.SPLITS)}}
-    result["stability"], result["latents"] = timed("stability", lambda: resampled_selection(data)), latents
-    result["explanations"] = timed("explanations", lambda: ablation_test(data, model))
-    result["fold"] = fold(data, model)
-    result["wrong"] = most_wrong(data, reward[0] - reward[1])
-    result["warnings"] = in_words(result, data.meta["warnings"])
+        result["curves"]["pairs"] = timed("pairs curve", pairs_curve, data, seeds)
+    trained = stage3.trained_parameters(data.head)
+    result["cost"] = {"trained_parameters": trained, "backbone_parameters": meta["parameters"], "share": trained / meta["parameters"]}
+    result["sae"] = {**meta["health"], "warnings": meta["warnings"]}
+    sources = [name for name, _ in Counter(str(p["source"]) for p in data.pairs).most_common(5)]
+    result["run"] = {"model": Path(meta["model"]).name, "layer": meta["layer"], "token": meta["token"], "sources": sources,
+                     "sae": Path(meta["sae"]).name,         # names, not paths: a page is passed on
+                     "k": asked["k"], "settings": asked["settings"],
+                     "pairs": {name: int((data.split == s).sum()) for s, name in enumerate(stage1.SPLITS)}}
+    result["stability"], result["latents"] = timed("stability", resampled_selection, data), latents
+    result["explanations"] = timed("explanations", ablation_test, data, model, adds, weight)
+    result["fold"] = fold(data, model, fitted["dense"][1])
+    result["wrong"] = most_wrong(data, difference)
+    result["warnings"] = in_words(result, meta["warnings"])
     return result, times
 
 
@@ -542,35 +565,39 @@ def parents(args, data):
     """What an evaluation depends on: the head (its lineage leads to all the rest), other runs, the settings."""
     others = {name: [stage1.file_hash(p) for p in stage2.shard_files(run, data.meta["layer"])[0]] for name, run in args.other}
     head = stage1.file_hash(Path(args.run) / "reward_head.safetensors")
-    return {"head": head, "other": others, "sweeps": args.sweeps, "seeds": args.seeds, "texts": args.texts}
+    return {"format": FORMAT, "head": head, "other": others, "sweeps": args.sweeps, "seeds": args.seeds, "texts": args.texts}
+
+
+def accuracy_lines(what, rows):
+    """{name: summary, of a control with `behind`} → lines: SparseRM, then the controls by accuracy."""
+    yield f"\n{what} on {rows['sparserm']['n']} test pairs of {rows['sparserm']['groups']} prompts".ljust(54) + "SparseRM minus it"
+    for name in sorted(rows, key=lambda n: ("behind" in rows[n], -rows[n]["accuracy"])):
+        row = rows[name]
+        yield (f"  {name:<18} {row['accuracy']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]"
+               + ("   {mean:+.3f}  [{low:+.3f}, {high:+.3f}]".format(**row["behind"]) if "behind" in row else "")
+               + (f"   ties {row['ties']:.1%}, as half {row['ties_half']:.3f}" if row["ties"] > 0.005 else ""))
 
 
 def report(args, result, written):
     """The table at the end, and in words what it says."""
     a, d = result["accuracy"], result["differences"]
-    print(f"\naccuracy on {a['sparserm']['n']} test pairs of {a['sparserm']['groups']} prompts            SparseRM minus it"
-          f"\n  {'sparserm':<18} {a['sparserm']['accuracy']:.3f}  [{a['sparserm']['low']:.3f}, {a['sparserm']['high']:.3f}]   "
-          f"K = {a['sparserm']['choice']} a side")
-    for name in sorted(d, key=lambda n: -a[n]["accuracy"]):
-        row, ahead = a[name], d[name]
-        print(f"  {name:<18} {row['accuracy']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]   "
-              f"{ahead['mean']:+.3f}  [{ahead['low']:+.3f}, {ahead['high']:+.3f}]"
-              + (f"   ties {row['ties']:.1%}, as half {row['ties_half']:.3f}" if row["ties"] > 0.005 else ""))
+    print(*accuracy_lines("accuracy", {n: row | ({"behind": d[n]} if n in d else {}) for n, row in a.items()}), sep="\n")
     if "k" in result["curves"]:
         curve = result["curves"]["k"]
         ks = sorted(curve["sparserm"], key=int)
-        print("\n  K a side           " + "".join(f"{k:>7}" for k in ks))
+        print("\n  K a side, ties half" + "".join(f"{k:>7}" for k in ks))
         for name in ("sparserm", "random_directions", "random_latents", "activations", "dense"):
-            print(f"  {name:<18} " + "".join(f"{curve[name][k]['accuracy']:>7.3f}" for k in ks))
+            print(f"  {name:<18} " + "".join(f"{curve[name][k]['ties_half']:>7.3f}" for k in ks))
         clear = [k for k in ks if curve["random_directions"][k]["behind"]["low"] > 0]
         print(f"  clearly above random directions at K = {', '.join(clear)} (each K by itself)" if clear else
               "  at no K clearly above random directions: on this data the SAE's choice adds nothing measurable")
     for name, row in result["other"].items():
-        print(f"  on {name:<15} {row['accuracy']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]   {row['n']} pairs")
+        print(*accuracy_lines(f"{name}: the same heads", {"sparserm": row, **row["controls"]}), sep="\n")
     c, n = result["calibration"], result["length"]
     print(f"\ncalibration  T {c['temperature']:.2f} · NLL {c['nll']:.3f} · Brier {c['brier']:.3f} · ECE {c['ece']:.3f}"
           f"\nlength       correlation with the reward {n['correlation']:+.2f}"
-          f"\nparameters   {result['cost']['trained_parameters']:,} trained, {result['cost']['share']:.1e} of the backbone"
+          f"\nparameters   {result['cost']['trained_parameters']:,} trained (K = {a['sparserm']['choice']} a side), "
+          f"{result['cost']['share']:.1e} of the backbone"
           f"\nselection    {result['stability']['mean']:.0%} of the latents are chosen again on resampled train prompts "
           f"(by chance {result['stability']['chance']:.0%})"
           f"\nwritten      {args.run}/evaluation.json, {', '.join(written)}")

@@ -98,13 +98,12 @@ def last_turn(prompt, most=300):
     return (prompt if isinstance(prompt, str) else prompt[-1]["content"])[-most:]
 
 
-def latent_rows(data, model, backbone, intervals, texts, shown=20):
+def latent_rows(data, adds, backbone, intervals, texts, shown=20):
     """Kept latents → rows of evaluation.json, by falling part in telling train pairs apart; texts for the first `shown`.
 
-    model: the RewardModel. intervals: (low, high) of the difference of the frequencies, on test. backbone: None for no tokens, texts.
+    adds: that part, [2K]. intervals: (low, high) of the difference of the frequencies, on test. backbone: None for no tokens, texts.
     """
-    train, latents = data.split == stage1.TRAIN, data.head["latents"].tolist()
-    adds = (model.contributions(data.z[0][train]) - model.contributions(data.z[1][train])).mean(0)
+    latents = data.head["latents"].tolist()
     weights = data.head["w1"].tolist() if "w2" not in data.head else [None] * len(latents)
     tokens = top_tokens(backbone, data.head["directions"]) if backbone else [[]] * len(latents)
     page, rows = data.sae.info.get("neuronpedia"), []
@@ -187,31 +186,34 @@ def shown(name):
 
 
 def accuracy_plot(axes, accuracy):
-    """A dot and its interval: SparseRM on top, then the controls by accuracy."""
+    """A dot and its interval: SparseRM on top, then the controls by accuracy. A ring where ties count half."""
     names = sorted(accuracy, key=lambda n: (n == "sparserm", accuracy[n]["accuracy"], n))
     for y, name in enumerate(names):
         row = accuracy[name]
         axes.plot([row["low"], row["high"]], [y, y], color=COLOURS[name], lw=3 if name == "sparserm" else 1.5)
         axes.plot(row["accuracy"], y, "o", color=COLOURS[name])
+        if row["ties"] > 0.005:
+            axes.plot(row["ties_half"], y, "o", color=COLOURS[name], mfc="none")
     axes.axvline(0.5, color="#bbbbbb", lw=1, ls=":")
     axes.set_yticks(range(len(names)), list(map(shown, names)))
     axes.set_xlabel("accuracy on test pairs, 95 % interval over prompts")
 
 
 def curve_plot(axes, curve, label):
-    """Accuracy against K or the number of train pairs, a band for SparseRM and for random directions."""
+    """Accuracy against K or the number of train pairs, a band for SparseRM and for random directions. A tie counts half: a head
+    that dev stopped before its first step says nothing, and is a coin, not always wrong."""
     for name in (n for n in COLOURS if n in curve):
         xs = sorted(map(int, curve[name]))
         rows = [curve[name][str(x)] for x in xs]
-        axes.plot(xs, [r["accuracy"] for r in rows], "o-", ms=4, lw=2.5 if name == "sparserm" else 1.2, color=COLOURS[name],
+        axes.plot(xs, [r["ties_half"] for r in rows], "o-", ms=4, lw=2.5 if name == "sparserm" else 1.2, color=COLOURS[name],
                   label=shown(name))
         if name in ("sparserm", "random_directions"):
-            axes.fill_between(xs, [r["low"] for r in rows], [r["high"] for r in rows], color=COLOURS[name], alpha=0.12, lw=0)
+            axes.fill_between(xs, [r["half_low"] for r in rows], [r["half_high"] for r in rows], color=COLOURS[name], alpha=0.12, lw=0)
     axes.set_xscale("log", base=2)
     axes.set_xticks(xs, [str(x) for x in xs])
     axes.minorticks_off()
     axes.set_xlabel(label)
-    axes.set_ylabel("accuracy")
+    axes.set_ylabel("accuracy, a tie as half")
     axes.legend(frameon=False, fontsize=8)
 
 

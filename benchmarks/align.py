@@ -74,23 +74,17 @@ def flipped(rows, noise, seed):
 
 def dense_differences(run, reward, rows):
     """r_chosen - r_rejected of a Bradley-Terry head on z, trained on the reward model's pairs with stage 4's search → [n]."""
-    chunks = list(stage2.read_chunks(stage2.shard_files(run)[0]))
-    z = [torch.cat([c[side] for c in chunks]).float() for side in ("chosen", "rejected")]
-    split = torch.cat([c["split"] for c in chunks])
-    mean, std = stage2.standardisation(z, split == stage1.TRAIN)
+    pairs = stage4.Pairs(run, stage2.shard_files(run)[0])
     settings = {"lr": 0.01, "epochs": 200, "patience": 20}
-    _, heads, losses, _ = stage3.fit_best(*((x - mean) / std for x in z), split, stage4.DENSE, range(5), **settings)
-    head = heads[int(np.argmin(losses))]
-    new = [reward.hidden([r["prompt"] for r in rows], [r[side] for r in rows]) for side in ("chosen", "rejected")]
-    return ((new[0] - new[1]) / std @ head["w1"]).numpy()
+    *_, difference = stage4.fit_control(*pairs.z, pairs.split, stage4.DENSE, settings, range(5))
+    return difference(*(reward.hidden([r["prompt"] for r in rows], [r[side] for r in rows]) for side in ("chosen", "rejected")))
 
 
 def length_differences(run, rows):
     """Words of chosen minus rejected, with the sign that wins on the reward model's train pairs (a draw: longer) → [n]; 0: as long."""
-    chunks = list(stage2.read_chunks(stage2.shard_files(run)[0]))
-    split, _, tokens = stage4.read_columns(chunks)
-    train = (split == stage1.TRAIN).numpy()
-    sign = 1 if np.sign(tokens[0][train] - tokens[1][train].astype(float)).sum() >= 0 else -1
+    pairs = stage4.Pairs(run, stage2.shard_files(run)[0])
+    train = pairs.part(pairs.split == stage1.TRAIN)
+    sign = 1 if np.sign(train.tokens[0] - train.tokens[1].astype(float)).sum() >= 0 else -1
     return sign * np.array([len(r["chosen"].split()) - len(r["rejected"].split()) for r in rows], float)
 
 

@@ -30,8 +30,7 @@ def words_control(rows, folds=5):
     place = torch.tensor([stage1.hash_number("fold:" + stage1.plain_text(r["prompt"])) % (folds * 9) for r in rows])
     for fold in range(folds):
         split = torch.where(place % folds == fold, 2, torch.where(place // folds == fold, 1, 0))
-        features = stage4.word_features(texts, split)
-        _, difference = stage4.fit_and_test(*features, split, stage4.DENSE, {}, scale=False)
+        _, difference = stage4.fit_and_test(*stage4.word_features(texts, split)(texts), split, stage4.DENSE, {}, scale=False)
         right += float(stage4.points(difference).sum())
     return right / len(rows)
 

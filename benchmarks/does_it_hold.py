@@ -44,7 +44,8 @@ def interval(row, mean="accuracy", sign=""):
 
 
 def tables(found):
-    """The figures → markdown: accuracy of SparseRM and the controls; SparseRM minus each; K against random directions; other sets."""
+    """The figures → markdown: accuracy of SparseRM and the controls; SparseRM minus each; K against random directions; other sets,
+    and who wins there."""
     head = lambda first: f"| {first} | " + " | ".join(found) + " |\n|---" * 1 + "|---" * len(found) + "|\n"
     line = lambda name, cells: f"| {name} | " + " | ".join(cells) + " |\n"
     text = head("test accuracy") + line("test pairs / prompts", [f"{r['accuracy']['sparserm']['n']} / {r['accuracy']['sparserm']['groups']}"
@@ -62,6 +63,14 @@ def tables(found):
     text += "\n" + head("trained on ↓, tested on →")
     for name, r in found.items():
         text += line(name, [interval(r["other"][other]) if other != name else interval(r["accuracy"]["sparserm"]) for other in found])
+    across = [row for r in found.values() for row in r["other"].values()]
+    if all("controls" in row for row in across):
+        text += (f"\n| trained on one set, tested on another: of {len(across)} couples | SparseRM better | not told apart | worse |\n"
+                 "|---|---|---|---|\n")
+        for name in NAMES[1:]:
+            behind = [row["controls"][name]["behind"] for row in across]
+            better, worse = sum(b["low"] > 0 for b in behind), sum(b["high"] < 0 for b in behind)
+            text += line(f"than {name.replace('_', ' ')}", [str(better), str(len(behind) - better - worse), str(worse)])
     return text
 
 

@@ -62,14 +62,12 @@ def layers(args):
                         "--run", run, "--layer", *map(str, args.layers)], check=True, stdout=subprocess.DEVNULL)
         found[token] = {}
         for layer in args.layers:
-            chunks = list(stage2.read_chunks(stage2.shard_files(run, layer)[0]))
-            z = [torch.cat([c[side] for c in chunks]).float() for side in ("chosen", "rejected")]
-            split, group, _ = stage4.read_columns(chunks)
+            pairs = stage4.Pairs(run, stage2.shard_files(run, layer)[0])
             differences, groups = [], []
-            for part in fold_splits(split, group):
-                settings = {"lr": 0.01, "epochs": 200, "patience": 20}
-                differences.append(stage4.fit_and_test(*z, part, {"dense": {"columns": slice(None), "weight_decay": 0.1}}, settings)[1])
-                groups.append(group[(part == stage4.TEST).numpy()])
+            settings = {"lr": 0.01, "weight_decay": 0.1, "epochs": 200, "patience": 20}
+            for part in fold_splits(pairs.split, pairs.group):
+                differences.append(stage4.fit_and_test(*pairs.z, part, stage4.ALL, settings)[1])
+                groups.append(pairs.group[(part == stage4.TEST).numpy()])
             row = found[token][str(layer)] = stage4.summary(np.concatenate(differences)[None], np.concatenate(groups))
             print(f"{token:<8} layer {layer:<3} dense {row['accuracy']:.3f} [{row['low']:.3f}, {row['high']:.3f}]", flush=True)
     return found

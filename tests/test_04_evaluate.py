@@ -41,6 +41,20 @@ def test_the_interval_of_an_accuracy_is_close_to_the_one_of_the_normal_law():
     assert found == pytest.approx((0.75, 0.75 - half, 0.75 + half), abs=0.006)
 
 
+@pytest.mark.parametrize("paired", [False, True])
+def test_intervals_of_an_accuracy_and_of_a_paired_difference_are_those_of_scipy(paired):
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(7)
+    groups = np.repeat(np.arange(60), rng.integers(1, 5, size=60))
+    ours, theirs = (rng.normal(shift, 1, (1, len(groups))) + rng.normal(0, 0.5, 60)[groups] for shift in (0.6, 0.2))
+    values = (stage4.points(ours) - stage4.points(theirs) if paired else stage4.points(ours))[0]
+    sums, counts = (np.array([f(values[groups == g]) for g in range(60)]) for f in (np.sum, len))
+    ratio = lambda s, n, axis: s.sum(axis) / n.sum(axis)                    # of drawn groups: their sums over their sizes
+    wanted = stats.bootstrap((sums, counts), ratio, paired=True, n_resamples=20_000, method="percentile", rng=1).confidence_interval
+    found = stage4.gap(ours, theirs, groups) if paired else stage4.summary(ours, groups)
+    assert (found["low"], found["high"]) == pytest.approx(wanted, abs=0.01) and wanted.high - wanted.low > 0.1
+
+
 def test_ten_copies_of_a_row_in_one_group_tell_no_more_than_one():
     right = (np.random.default_rng(0).random(50) < 0.7).astype(float)
     copied, as_rows = (stage4.bootstrap(np.repeat(right, 10), g) for g in (np.repeat(np.arange(50), 10), np.arange(500)))
@@ -54,6 +68,8 @@ def test_a_tie_is_wrong_and_is_a_half_under_the_half_point_rule():
     assert found["accuracy"] == 0.5 and found["seeds"] == [0.5, 0.5] and found["ties"] == 3 / 8
     assert found["ties_half"] == 0.5 + 3 / 16 and found["n"] == 4 and found["groups"] == 3
     assert found["low"] <= 0.5 <= found["high"]
+    silent = stage4.summary(np.zeros((1, 4)), np.arange(4))             # a control that says nothing: a coin
+    assert [silent[n] for n in ("accuracy", "high", "ties_half", "half_low", "half_high")] == [0, 0, 0.5, 0.5, 0.5]
 
 
 def evaluated(run):
@@ -69,11 +85,12 @@ def test_differences_are_taken_pair_by_pair_and_a_tie_is_a_half(finished, monkey
     found = stage4.gap(np.array([[2.0, 1.0, -1.0, 0.0]]), np.array([[0.0, 1.0, 0.0, -1.0]]), np.arange(4))
     assert found["mean"] == (0.5 + 0 - 0.5 + 0.5) / 4
     data = stage4.Data(finished)
-    test = data.split == TEST
-    own = np.subtract(*(stage4.head_rewards(data, z[test]) for z in data.z))[None]
-    a = float((own > 0).mean())
+    model, test = stage3.RewardModel(data.head, data.head_meta, None), data.split == TEST
+    own = np.subtract(*(model.reward_of(z[test]).numpy() for z in data.z))[None]
+    a, real = float((own > 0).mean()), stage4.controls
     same, mirrored = "dense", "words"
-    monkeypatch.setattr(stage4, "controls", lambda data, seeds: {same: (1, own), mirrored: (1, -own)})
+    fake = lambda name, row: {same: (*row[:2], [own]), mirrored: (*row[:2], [-own])}.get(name, row)
+    monkeypatch.setattr(stage4, "controls", lambda *args: {name: fake(name, row) for name, row in real(*args).items()})
     found = evaluated(finished)
     assert 0 < a < 1 and found["accuracy"][same]["low"] < a < found["accuracy"][same]["high"]
     assert found["differences"][same] == {"mean": 0, "low": 0, "high": 0}          # right on the same pairs: no doubt at all
@@ -113,13 +130,15 @@ def test_length_figures_by_hand():
 def test_only_grams_of_two_train_responses_become_columns_and_rows_have_norm_1():
     split = torch.tensor([TRAIN, TRAIN, TEST, DEV])
     texts = [["a b", "A c!", "z y z y", "a b"], ["a, b", "d", "z y", "b z y"]]
-    chosen, rejected = stage4.word_features(texts, split)
+    see = stage4.word_features(texts, split)
+    chosen, rejected = see(texts)
     assert chosen.shape == rejected.shape == (4, 3)                        # a (three times), b, "a b" (twice each)
     torch.testing.assert_close(torch.cat([chosen, rejected]).norm(dim=1), torch.tensor([1.0, 1, 0, 1, 1, 0, 0, 1]))
     assert torch.equal(chosen[0], rejected[0]) and torch.equal(chosen[0], chosen[3]) and (chosen[0] > 0).all()
     assert chosen[0].min() == chosen[0][chosen[1].argmax()]                # a, the most frequent, weighs least
-    other = stage4.word_features([["a b", "A c!", "q q", "q"], ["a, b", "d", "q", "q"]], split)
-    assert torch.equal(chosen[:2], other[0][:2]) and torch.equal(rejected[:2], other[1][:2])
+    others = [["a b", "A c!", "q q", "q"], ["a, b", "d", "q", "q"]]
+    for other in (see(others), stage4.word_features(others, split)(others)):        # whatever the texts of dev, test and other sets are
+        assert torch.equal(chosen[:2], other[0][:2]) and torch.equal(rejected[:2], other[1][:2])
 
 
 def test_a_word_that_decides_everything_gives_the_words_an_accuracy_of_1_and_no_common_word_gives_ties():
@@ -127,7 +146,7 @@ def test_a_word_that_decides_everything_gives_the_words_an_accuracy_of_1_and_no_
     filler = lambda: " ".join(rng.choices("the cat sat on a mat while it rained".split(), k=5))
     telling = [[f"{filler()} {word} {filler()}" for _ in split] for word in ("yes", "no")]
     for texts, sign in ((telling, 1), ([[f"{side}{i}" for i in range(80)] for side in "ab"], 0)):
-        _, d = stage4.fit_and_test(*stage4.word_features(texts, split), split, {0: {"columns": slice(None)}}, {}, scale=False)
+        _, d = stage4.fit_and_test(*stage4.word_features(texts, split)(texts), split, {0: {"columns": slice(None)}}, {}, scale=False)
         assert d.shape == (20,) and (np.sign(d) == sign).all()
 
 
@@ -231,7 +250,8 @@ def test_without_the_direction_that_carries_everything_accuracy_falls_to_chance_
     z[0, :, 5], z[1, :, 5] = 1, -1
     data, weights = fake_data(z, [TRAIN, TEST] * 80), [1.0] * 16
     weights[5] = 40.0                                           # more than all others together
-    found = stage4.ablation_test(data, planted_model(weights, kind), draws=6)
+    model = planted_model(weights, kind)
+    found = stage4.ablation_test(data, model, *stage4.train_shares(data, model), draws=6)
     helps = int(((z[0, ::2] - z[1, ::2]).mean(0) > 0).sum())     # on train
     assert set(found) == {str(m) for m in (1, helps // 8, helps // 4) if m} and found["1"]["reached"] == pytest.approx((helps - 1) / 40)
     top, chance, fall = (found["1"][n] for n in ("top", "random", "fall"))
@@ -248,7 +268,8 @@ def test_random_directions_are_taken_until_their_total_weight_reaches_that_of_th
     z = rng.normal(size=(2, 60, 24))
     data, model = fake_data(z, [TRAIN] * 40 + [TEST] * 20), planted_model(weights)
     monkeypatch.setattr(stage3, "apply_head", lambda head, x: removed.append((x == 0).all(0).nonzero().flatten().tolist()) or real(head, x))
-    found, adds = stage4.ablation_test(data, model, draws=5), (z[0, :40] - z[1, :40]).mean(0) * weights
+    found = stage4.ablation_test(data, model, *stage4.train_shares(data, model), draws=5)
+    adds = (z[0, :40] - z[1, :40]).mean(0) * weights
     order = [j for j in np.argsort(-adds).tolist() if adds[j] > 0]           # only those that help are drawn
     sizes = sorted({m for m in (1, len(order) // 8, len(order) // 4) if m})
     size = lambda latents: sum(abs(weights[j]) for j in latents)
@@ -265,12 +286,13 @@ def test_a_linear_head_as_one_vector_has_the_cosines_worked_by_hand_and_an_mlp_h
     a = np.random.default_rng(0).normal(2, 1, size=(90, 1))
     z = a * [3, 4, 0], -a * [3, 4, 0]                           # mean of chosen minus rejected: along (3, 4, 0)
     data = fake_data(z, [TRAIN, DEV, TEST] * 30, head_meta={"settings": {"kind": "linear", "epochs": 30}})
+    *_, dense, _ = stage4.fit_control(*data.z, data.split, stage4.DENSE, data.head_meta["settings"])
     # standardised, columns 0 and 1 are the same, so that the dense head gives them one weight: along (1/3, 1/4, 0), so (4, 3, 0)
     for w, std, norm, to_mean, to_dense in (([2.0, 0, 0], [1, 1, 1.0], 2, 3 / 5, 4 / 5), ([9.0, 24, 0], [3, 6, 1.0], 5, 1, 24 / 25),
                                             ([0, 0, 1.0], [1, 1, 4.0], 1 / 4, 0, 0), ([-4.0, -3, 0], [1, 1, 1.0], 5, -24 / 25, -1)):
-        found = stage4.fold(data, planted_model(w, std=torch.tensor(std)))
+        found = stage4.fold(data, planted_model(w, std=torch.tensor(std)), dense)
         assert found == pytest.approx({"norm": norm, "cosine_mean_difference": to_mean, "cosine_dense": to_dense}, abs=1e-4)
-    assert stage4.fold(data, planted_model([1.0, 2, 3], "mlp")) is None
+    assert stage4.fold(data, planted_model([1.0, 2, 3], "mlp"), dense) is None
 
 
 def test_the_most_wrong_pairs_are_those_of_test_with_the_lowest_difference_and_a_tie_is_not_wrong():
@@ -288,7 +310,7 @@ def test_the_most_wrong_pairs_are_those_of_test_with_the_lowest_difference_and_a
 
 def test_a_control_is_spoken_of_unless_the_interval_of_the_difference_is_clear_of_0():
     clear, touching, below = ({"mean": 0.1, "low": low, "high": high} for low, high in ((0.001, 0.2), (0.0, 0.2), (-0.3, -0.01)))
-    fine = {"sparserm": {"low": 0.6}}
+    fine = {"sparserm": {"low": 0.6}, "shuffled_labels": {"low": 0.4}, "words": {"high": 0.6}}
     said = lambda accuracy=fine, **changed: stage4.in_words(
         {"differences": dict.fromkeys(CONTROLS, clear) | changed, "accuracy": accuracy}, [])
     assert said() == [] and said(dense={"mean": -0.1, "low": -0.3, "high": 0.0}) == []
@@ -298,7 +320,7 @@ def test_a_control_is_spoken_of_unless_the_interval_of_the_difference_is_clear_o
         assert said(**{name: below}) == [f"{name.replace('_', ' ')} (+0.100): measurably better than SparseRM here"]
     assert "measurably better" in said(dense=below)[0] and len(said(words=touching, dense=below, length=below)) == 3
     assert stage4.in_words({"differences": dict.fromkeys(CONTROLS, clear), "accuracy": fine}, ["odd"]) == ["SAE: odd"]
-    assert "coin" in said({"sparserm": {"low": 0.5}})[0] and "leak" in said(fine | {"shuffled_labels": {"low": 0.51}})[0]
+    assert "coin" in said(fine | {"sparserm": {"low": 0.5}})[0] and "leak" in said(fine | {"shuffled_labels": {"low": 0.51}})[0]
     assert "below one half" in said(fine | {"words": {"high": 0.49}})[0]
 
 
@@ -353,7 +375,11 @@ def test_evaluation_json_holds_every_number_that_the_design_lists(run):
     assert all(set(c) == {"1", "2", "4", "8"} for c in curve.values()) and curve["dense"]["1"] == found["accuracy"]["dense"]
     assert all(set(c) == {str(found["run"]["pairs"]["train"])} for c in found["curves"]["pairs"].values())
     assert cost["trained_parameters"] == 2 * found["run"]["k"] + 1 == pytest.approx(cost["share"] * cost["backbone_parameters"], rel=1e-3)
-    assert found["other"] == {"self": {n: v for n, v in own.items() if n != "choice"}}          # its own test pairs
+    other = found["other"]["self"]                                                              # its own test pairs
+    assert {n: v for n, v in other.items() if n != "controls"} == {n: v for n, v in own.items() if n != "choice"}
+    assert set(other["controls"]) == CONTROLS
+    for name, row in other["controls"].items():
+        assert row == {**{n: v for n, v in found["accuracy"][name].items() if n != "choice"}, "behind": found["differences"][name]}
     assert len(found["latents"]) == 2 * found["run"]["k"] == 2 * found["stability"]["k"] and set(found["explanations"]) >= {"1"}
     for row in found["latents"]:
         assert set(row) >= {"latent", "side", "frequency_chosen", "frequency_rejected", "low", "high", "weight", "tokens", "texts", "link"}
@@ -379,7 +405,8 @@ def test_without_texts_no_language_model_is_opened(run, monkeypatch):
 def test_the_accuracy_and_that_on_another_set_are_those_of_scoring_the_texts_of_questions_never_seen(word, args, run, tmp_path):
     other, rows = tmp_path / "other", [{**r, "prompt": r["prompt"].replace("case", word)} for r in tiny.make_pairs(50)]
     extract(run, other, tiny.save_rows(tmp_path / "rows.jsonl", rows), *args)
-    found = evaluate(run, "--sweeps", "none", "--other", f"new={other}")
+    alone, found = evaluate(run, "--sweeps", "none"), evaluate(run, "--sweeps", "none", "--other", f"new={other}")
+    assert {n for n in found if found[n] != alone[n]} == {"other", "parent"}
     reward, own, rows = stage3.RewardModel.load(run / "reward_head.safetensors"), *(
         [json.loads(line) for line in open(folder / "pairs.jsonl", encoding="utf-8")] for folder in (run, other))
     seen = {p["prompt"] for p in own if p["split"] != "test"}
@@ -389,20 +416,47 @@ def test_the_accuracy_and_that_on_another_set_are_those_of_scoring_the_texts_of_
         assert row["n"] == len(pairs) and row["accuracy"] == pytest.approx(sum(a > b for a, b in zip(c, r)) / len(pairs))
 
 
+def test_controls_are_trained_on_this_run_and_read_on_the_other(run, tmp_path):
+    rows = [{**r, "prompt": r["prompt"].replace("case", "question"), "chosen": r["chosen"] * (1 + n % 2)}
+            for n, r in enumerate(tiny.make_pairs(50))]
+    extract(run, tmp_path / "other", tiny.save_rows(tmp_path / "rows.jsonl", rows), "--layer", 1)
+    found = evaluate(run, "--sweeps", "none", "--other", f"new={tmp_path / 'other'}")
+    here, there = (next((folder / "activations").iterdir()) for folder in (run, tmp_path / "other"))
+    (own, _), (other, _) = stage1.load_stage(here), stage1.load_stage(there)
+    test, controls = other["split"] == TEST, found["other"]["new"]["controls"]
+    length = float(found["accuracy"]["length"]["choice"]) * (other["chosen_tokens"] - other["rejected_tokens"])[test]
+    assert controls["length"]["accuracy"] == pytest.approx(float((length > 0).float().mean()))
+    assert 0 < controls["length"]["accuracy"] < 1
+    train = torch.cat([own[side][own["split"] == TRAIN] for side in ("chosen", "rejected")])
+    std = train.std(0, unbiased=False)
+    scaled = [(own[side] - train.mean(0)) / std for side in ("chosen", "rejected")]
+    _, heads, losses, _ = stage3.fit_best(*scaled, own["split"], stage4.DENSE, range(2), epochs=60)             # as make_run's head
+    u = heads[losses.index(min(losses))]["w1"] / std
+    right = [float(d @ u) > 0 for d in (other["chosen"] - other["rejected"])[test]]
+    assert controls["dense"]["accuracy"] == pytest.approx(sum(right) / len(right)) and controls["dense"]["n"] == len(right)
+    behind = controls["dense"]["behind"]
+    assert behind["mean"] == pytest.approx(found["other"]["new"]["ties_half"] - controls["dense"]["ties_half"])
+    assert behind["low"] <= behind["mean"] <= behind["high"]
+
+
 def test_the_same_command_gives_the_same_bytes_in_another_process(run, tmp_path):
     shutil.copytree(run, tmp_path / "again")
-    evaluate(run, "--sweeps", "none", "--texts", 2)
-    args = ["--run", str(tmp_path / "again"), "--seeds", 1, "--sweeps", "none", "--texts", 2]
+    evaluate(run, "--sweeps", "full", "--texts", 2)
+    args = ["--run", str(tmp_path / "again"), "--seeds", 1, "--sweeps", "full", "--texts", 2]
     commands = f"import tiny; tiny.succeed('04_evaluate', *{args!r})"
     subprocess.run([sys.executable, "-c", commands], check=True,
                    env={**os.environ, "PYTHONHASHSEED": "5", "PYTHONPATH": f"{tiny.ROOT}{os.pathsep}{tiny.ROOT / 'tests'}"})
-    for name in ("evaluation.json", "report.html", "accuracy.png", "reliability.png"):
+    for name in ("evaluation.json", "report.html", "accuracy.png", "reliability.png", "curve_k.png", "curve_pairs.png"):
         assert (run / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
 def test_a_second_call_shows_the_same_table_and_computes_nothing_unless_the_sweeps_differ(run, monkeypatch, capsys):
     assert set(evaluate(run, "--sweeps", "small")["curves"]) == {"k"}
-    assert evaluate(run, "--sweeps", "none")["curves"] == {}
+    found = evaluate(run, "--sweeps", "none")
+    assert found["curves"] == {}
+    older = json.dumps({"parent": {**found["parent"], "format": 1}, "accuracy": {}})
+    (run / "evaluation.json").write_text(older)
+    assert evaluate(run, "--sweeps", "none") == found
     before = (run / "evaluation.json").stat().st_mtime_ns
     monkeypatch.setattr(stage4, "evaluate", lambda *_: pytest.fail("computed again"))
     with tiny.argv("--run", run, "--seeds", 1, "--sweeps", "none", "--texts", 0):

@@ -95,7 +95,7 @@ def test_rows_of_latents_fall_by_what_they_add_on_train_and_their_texts_show_the
     data, model = opened
     latents, train = data.head["latents"].tolist(), (data.split == 0).nonzero().flatten().tolist()
     intervals = [[10.0 * n + side for n in range(len(latents))] for side in (0, 1)]
-    rows = report.latent_rows(data, model, model.backbone, intervals, 2, shown=3)
+    rows = report.latent_rows(data, stage4.train_shares(data, model)[0], model.backbone, intervals, 2, shown=3)
     assert sorted(r["latent"] for r in rows) == sorted(latents) and [len(r["texts"]) for r in rows] == [2] * 3 + [0] * (len(rows) - 3)
     assert [r["adds"] for r in rows] == sorted((r["adds"] for r in rows), reverse=True) and rows[0]["adds"] > rows[-1]["adds"]
     for row in rows:
@@ -118,9 +118,9 @@ def test_rows_of_latents_fall_by_what_they_add_on_train_and_their_texts_show_the
 
 
 def test_without_a_language_model_rows_have_no_tokens_and_texts_and_an_sae_with_a_page_is_linked(opened, monkeypatch):
-    data, model = opened
+    data, _ = opened
     monkeypatch.setitem(data.sae.info, "neuronpedia", "gpt2-small/1-res-jb")
-    rows = report.latent_rows(data, model, None, [[0.0] * len(data.head["latents"])] * 2, 5)
+    rows = report.latent_rows(data, torch.zeros(len(data.head["latents"])), None, [[0.0] * len(data.head["latents"])] * 2, 5)
     assert all(r["tokens"] == [] and r["texts"] == {} for r in rows)
     assert rows[0]["link"] == f"https://www.neuronpedia.org/gpt2-small/1-res-jb/{rows[0]['latent']}"
 
@@ -210,14 +210,15 @@ def test_a_picture_is_a_png_the_same_at_every_drawing_and_none_without_matplotli
 
 
 def test_the_pictures_draw_the_numbers_of_the_evaluation():
-    row = lambda a: {"accuracy": a, "low": a - 0.1, "high": a + 0.2}
+    row = lambda a, ties=0: {"accuracy": a, "low": a - 0.1, "high": a + 0.2, "ties": ties, "ties_half": a + ties / 2,
+                             "half_low": a - 0.1 + ties / 2, "half_high": a + 0.2 + ties / 2}
     axes = Figure().subplots()
-    report.accuracy_plot(axes, {"sparserm": row(0.6), "dense": row(0.7), "words": row(0.5)})
-    drawn = [[float(x) for x in line.get_xdata()] for line in axes.lines]
-    assert drawn == [[0.4, 0.7], [0.5], pytest.approx([0.6, 0.9]), [0.7], [0.5, pytest.approx(0.8)], [0.6], [0.5, 0.5]]    # bottom up
+    report.accuracy_plot(axes, {"sparserm": row(0.6), "dense": row(0.7), "words": row(0.5, 0.25)})
+    drawn = [[float(x) for x in line.get_xdata()] for line in axes.lines]              # bottom up
+    assert drawn == [[0.4, 0.7], [0.5], [0.625], pytest.approx([0.6, 0.9]), [0.7], [0.5, pytest.approx(0.8)], [0.6], [0.5, 0.5]]
     assert [t.get_text().lower() for t in axes.get_yticklabels()] == ["words", "dense", "sparserm"]
     axes = Figure().subplots()
-    report.curve_plot(axes, {"sparserm": {"16": row(0.9), "2": row(0.6), "1": row(0.5)}, "dense": {"1": row(0.7)}}, "K")
+    report.curve_plot(axes, {"sparserm": {"16": row(0.9), "2": row(0.1, 1), "1": row(0.5)}, "dense": {"1": row(0.7)}}, "K")
     assert [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines] == [([1, 2, 16], [0.5, 0.6, 0.9]), ([1], [0.7])]
     assert len(axes.collections) == 1 and axes.get_xlabel() == "K"
     axes = Figure().subplots()
@@ -281,8 +282,9 @@ def test_pictures_of_an_earlier_wider_evaluation_do_not_stay(run):
 
 
 def test_a_share_of_one_in_a_thousand_million_is_not_rounded_to_0(run, monkeypatch):
-    monkeypatch.setattr(stage4, "controls", lambda data, seeds: {"dense": (1, np.ones((1, int((data.split == 2).sum()))))})
-    data = stage4.Data(run)
+    data, one = stage4.Data(run), torch.ones(tiny.WIDTH)
+    fake = 1, {"w1": one, "std": one}, [np.ones((1, int((data.split == 2).sum())))]
+    monkeypatch.setattr(stage4, "controls", lambda *_: dict.fromkeys(["dense", *stage4.SAYS], fake))
     data.meta["parameters"] = 9_241_705_984
     with tiny.argv("--run", run, "--texts", 0, "--sweeps", "none"), monkeypatch.context() as patch:
         patch.setattr(stage4, "Data", lambda *_: data)

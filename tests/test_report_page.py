@@ -23,8 +23,9 @@ def evaluation(full):
     number = random.Random(full).randrange
     decimal = lambda: round(number(5000) / 100 + 0.00712, 5)   # all end in 7 when rounded: a number worked out on the page would not
     span = lambda: dict(zip(("low", "mean", "high"), sorted((-decimal(), decimal(), decimal()))))
-    row = lambda: {**dict(zip(("low", "accuracy", "high"), sorted((decimal(), decimal(), decimal())))), "ties": decimal(),
-                   "ties_half": decimal(), "n": 1247, "groups": 130, "seeds": [decimal()] * 2}
+    three = lambda *names: dict(zip(names, sorted((decimal(), decimal(), decimal()))))
+    row = lambda: {**three("low", "accuracy", "high"), **three("half_low", "ties_half", "half_high"), "ties": decimal(),
+                   "n": 1247, "groups": 130, "seeds": [decimal()] * 2}
     text = lambda: {"id": "t-1", "side": "chosen", "score": -decimal(), "prompt": HOSTILE + UNUSUAL,
                     "heat": [[HOSTILE, 0.0], [UNUSUAL, 1.234], ["\n", 5.0]]}
     latent = lambda j: {"latent": j, "side": "rejected", "adds": -decimal(), "frequency_chosen": decimal(), "frequency_rejected": decimal(),
@@ -40,7 +41,7 @@ def evaluation(full):
                         "bins": [{"confidence": decimal(), "accuracy": decimal(), "n": 50}] * 2},
         "length": {"correlation": -decimal(), "matched_n": 9 * full, "matched_accuracy": decimal() if full else None},
         "cost": {"trained_parameters": 17, "backbone_parameters": 134515008, "share": 1.3e-07},
-        "other": {HOSTILE: row()} if full else {},
+        "other": {HOSTILE: {**row(), "controls": {n: {**row(), "behind": span()} for n in CONTROLS}}} if full else {},
         "sae": {"explained_variance": decimal(), "l0": 6.25, "n": 99, "silent": decimal(), "warnings": []},
         "explanations": {"1": {"top": row(), "random": row(), "fall": span()}},
         "stability": {"k": 8, "draws": 20, "mean": decimal(), "least": decimal(), "chance": decimal()},
@@ -49,7 +50,7 @@ def evaluation(full):
         "wrong": [{"id": "w-1", "confidence": decimal(), "difference": -decimal(), "prompt": UNUSUAL, "chosen": HOSTILE,
                    "rejected": ""}] * full,
         "warnings": [f"SAE: {HOSTILE}"] * full,
-        "run": {"model": "tiny", "layer": 1, "token": "last", "sae": "sae.safetensors", "k": 8,
+        "run": {"model": "tiny", "sources": [HOSTILE, "ours.jsonl"], "layer": 1, "token": "last", "sae": "sae.safetensors", "k": 8,
                 "pairs": {"train": 905, "dev": 108, "test": 1247},
                 "settings": {"kind": "linear" if full else "mlp", "hidden": 64, "loss": "bt" if full else "margin", "margin": 1.0}}}
 
@@ -105,8 +106,12 @@ def test_a_browser_draws_every_number_from_the_evaluation_and_runs_nothing_from_
     assert dom.count(escaped) > 40 if full else HOSTILE not in dom      # warning, other set, texts, tokens, wrong pair
     shown, rounded = set(re.findall(r"(?<![\d.])\d+\.\d{3}(?![\d.])", dom)), lambda part: {f"{abs(n):.3f}" for n in numbers(part)}
     assert shown <= rounded(result)
-    rows = [*result["accuracy"].values(), *result["other"].values(), *result["curves"].get("k", {}).get("sparserm", {}).values()]
+    rows = [*result["accuracy"].values(), *result["other"].values()]
+    curves = [row for curve in result["curves"].values() for of in curve.values() for row in of.values()]
     bins = [[b["confidence"], b["accuracy"]] for b in result["calibration"]["bins"]]
-    must = [bins, *result["differences"].values(), result["fold"], result["explanations"]["1"]["fall"],
+    across = [row for other in result["other"].values() for row in other["controls"].values()]
+    rows, behind = rows + across, [row["behind"] for row in across]
+    must = [bins, behind, [[row[n] for n in ("ties_half", "half_low", "half_high")] for row in curves],
+            *result["differences"].values(), result["fold"], result["explanations"]["1"]["fall"],
             [[row["low"], row["accuracy"], row["high"]] for row in rows]]
     assert rounded(must) - shown == set()
