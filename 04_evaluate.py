@@ -126,8 +126,8 @@ class Data:
 
     def __init__(self, run, sae_path=None):
         self.run = run = Path(run)
-        self.features, self.meta = stage1.load_stage(run / "features.safetensors", "02_select_features.py")
-        self.head, self.head_meta = stage1.load_stage(run / "reward_head.safetensors", "03_train_head.py")
+        self.features, self.meta = stage1.load_stage(run / "features.safetensors", "02_select_features.py", "select")
+        self.head, self.head_meta = stage1.load_stage(run / "reward_head.safetensors", "03_train_head.py", "head")
         self.paths, shard_meta = stage2.shard_files(run, self.meta["layer"])
         if [stage1.file_hash(p) for p in self.paths] != self.meta["parent"]["activations"]:
             raise stage1.UserError(f"the activations are not those that features.safetensors was made from · {run} · run 02 and 03 again")
