@@ -35,6 +35,7 @@ import sys
 import tempfile
 import threading
 import traceback
+import urllib.request
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -231,8 +232,23 @@ def parse_line(line, where):
         raise UserError(f"invalid JSON ({error.msg}, column {error.colno}) · {where} · mend or delete this line") from None
 
 
+@functools.cache
+def await_hub():
+    """A hub that takes the connection and then says nothing would be waited for without end: then the cache has to do."""
+    if os.environ.get("HF_HUB_OFFLINE", "0") == "0":
+        ask = urllib.request.Request(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), method="HEAD")
+        try:
+            urllib.request.urlopen(ask, timeout=float(os.environ.get("HF_HUB_ETAG_TIMEOUT", 10))).close()
+        except Exception as error:              # any answer will do
+            if "timed out" in str(error):
+                os.environ["HF_HUB_OFFLINE"] = "1"
+                if "huggingface_hub" in sys.modules:
+                    sys.modules["huggingface_hub"].constants.HF_HUB_OFFLINE = True
+
+
 def read_hub(name):
     """hub:REPO[:CONFIG][:SPLIT] through the `datasets` package (REPO may be a local folder)."""
+    await_hub()
     try:
         import datasets
     except ImportError:
@@ -527,9 +543,12 @@ def unpack_gguf(path):
 
 def from_pretrained(kind, name, revision=None, **extra):
     """transformers' AutoTokenizer, AutoConfig or AutoModelForCausalLM of --model; what fails becomes one line."""
-    import transformers
     try:
-        return getattr(transformers, kind).from_pretrained(locate_model(name), revision=revision, **extra)
+        place = locate_model(name)
+        if not os.path.exists(place):
+            await_hub()
+        import transformers
+        return getattr(transformers, kind).from_pretrained(place, revision=revision, **extra)
     except UserError:
         raise
     except Exception as error:      # transformers and the hub raise all sorts; the first line says what is wrong
