@@ -530,9 +530,10 @@ def main():
         found = json.loads(out.read_text("utf-8"))
     except (OSError, ValueError):           # none yet, or damaged
         found = {}
-    if not isinstance(found, dict) or found.get("parent") != parent:
+    if not isinstance(found, dict) or found.get("parent") != sealed(parent, found):
         result, times = evaluate(data, args)
-        found = json.loads(json.dumps({**result, "parent": parent}), parse_float=lambda x: float(f"{float(x):.9g}"))
+        found = json.loads(json.dumps(result), parse_float=lambda x: float(f"{float(x):.9g}"))
+        found["parent"] = sealed(parent, found)
         stage1.write_text(Path(args.run) / "timings.json", json.dumps(times, indent=1) + "\n")
         stage1.write_text(out, json.dumps(found, indent=1, sort_keys=True, ensure_ascii=False) + "\n")     # last: it says that all is done
     report(args, found, page.write_page(found, args.run))
@@ -543,6 +544,11 @@ def parents(args, data):
     others = {name: [stage1.file_hash(p) for p in stage2.shard_files(run, data.meta["layer"])[0]] for name, run in args.other}
     head = stage1.file_hash(Path(args.run) / "reward_head.safetensors")
     return {"head": head, "other": others, "sweeps": args.sweeps, "seeds": args.seeds, "texts": args.texts}
+
+
+def sealed(parent, found):
+    """What an evaluation depends on, and a hash of its numbers: a damaged one is made anew."""
+    return {**parent, "numbers": stage1.hash_number(json.dumps({n: v for n, v in found.items() if n != "parent"}, sort_keys=True))}
 
 
 def report(args, result, written):
