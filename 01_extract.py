@@ -34,6 +34,8 @@ import signal
 import sys
 import tempfile
 import threading
+import traceback
+import urllib.request
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,15 +97,18 @@ def save_stage(path, tensors, meta):
                   metadata={"sparserm": json.dumps(meta, sort_keys=True)})
 
 
-def read_meta(path, made_by="an earlier stage"):
-    """The settings and parents recorded in a stage file → dict."""
+def read_meta(path, made_by="an earlier stage", stage=None):
+    """The settings and parents recorded in a stage file → dict. `stage`: which stage it must be of."""
     try:
         with safe_open(path, "pt") as file:
-            return dict(json.loads((file.metadata() or {})["sparserm"]))
+            meta = dict(json.loads((file.metadata() or {})["sparserm"]))
     except FileNotFoundError:
         raise UserError(f"file not found · {path} · run {made_by} first, or name the right --run") from None
-    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError):
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError):
         raise UserError(f"not a complete stage file · {path} · delete it and run {made_by} again") from None
+    if stage and meta.get("stage") != stage:
+        raise UserError(f"not a file of stage {made_by[1]} · {path} · run {made_by} again")
+    return meta
 
 
 def up_to_date(path, wanted):
@@ -115,11 +120,20 @@ def up_to_date(path, wanted):
     return all(found.get(key) == value for key, value in wanted.items())
 
 
-def load_stage(path, made_by="an earlier stage"):
+def load_stage(path, made_by="an earlier stage", stage=None):
     """→ (tensors, metadata) of a stage file."""
-    meta = read_meta(path, made_by)
+    meta = read_meta(path, made_by, stage)
     with safe_open(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, meta
+
+
+def check_finite(table, where):
+    """Refuse NaN and Inf in chosen or rejected [n, d], and name the pair."""
+    for side in ("chosen", "rejected"):
+        bad = (~table[side].isfinite()).any(1).nonzero().flatten()
+        if len(bad):
+            raise UserError(f"NaN or Inf in {side}, line {int(table['pair'][bad[0]]) + 1} of pairs.jsonl · {where} · "
+                            "delete it, and run the stage that made it again")
 
 
 def write_text(path, text):
@@ -134,7 +148,14 @@ def write_rows(path, rows):
 
 
 def file_hash(path):
-    """SHA-256 of a file, in hex."""
+    """SHA-256 of a file, in hex. Within a command a file is read for it once, unless it changes."""
+    now = os.stat(path)
+    return hash_once(os.path.abspath(path), now.st_ino, now.st_size, now.st_mtime_ns)
+
+
+@functools.cache
+def hash_once(path, *state):
+    """The work of file_hash()."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -153,10 +174,15 @@ def run_main(main, *errors):
     except (Exception, KeyboardInterrupt) as error:
         if stopped or isinstance(error, KeyboardInterrupt):
             sys.exit(print("\nstopped · finished files are kept · the same command goes on from there", file=sys.stderr) or 130)
-        if "--debug" in sys.argv or not isinstance(error, (UserError, OSError, *errors)):
+        if "--debug" in sys.argv:
             raise
-        text = f"{error.strerror} · {error.filename or 'input or output'} · check the path, the rights and the free space" \
-            if isinstance(error, OSError) and error.strerror else str(error)
+        text = str(error)
+        if isinstance(error, OSError):
+            text = f"{error.strerror or error} · {error.filename or 'input or output'} · check the path, the rights and the free space"
+        elif not isinstance(error, (UserError, *errors)):           # damage that no check names, or a fault of ours
+            line = traceback.extract_tb(error.__traceback__)[-1]
+            text = f"unexpected {type(error).__name__}: {error} · {Path(line.filename).name}, line {line.lineno} · " \
+                   "a file of the run may be damaged: make it again; --debug shows more"
         sys.exit(print("error: " + " ".join(text.split()), file=sys.stderr) or 2)
     finally:
         if before is signal.default_int_handler:
@@ -182,7 +208,8 @@ def read_rows(path):
         name = path.name.removesuffix(".gz")
         try:
             if name.endswith(".csv"):
-                rows = ((f"{path}:{n}", row) for n, row in enumerate(csv.DictReader(text), 1))
+                table = csv.DictReader(text)        # a cell may hold newlines: a row is named by the line where it ends
+                rows = ((f"{path}:{table.line_num}", row) for row in table)
             elif name.endswith(".json"):
                 array = json.load(text)
                 if not isinstance(array, list):
@@ -191,7 +218,9 @@ def read_rows(path):
             else:
                 rows = ((f"{path}:{n}", parse_line(line, f"{path}:{n}")) for n, line in enumerate(text, 1) if line.strip())
             yield from rows
-        except (json.JSONDecodeError, UnicodeDecodeError, csv.Error, gzip.BadGzipFile, EOFError, zlib.error, RecursionError) as error:
+        except UserError:
+            raise
+        except (ValueError, csv.Error, gzip.BadGzipFile, EOFError, zlib.error, RecursionError) as error:
             raise UserError(f"not readable as {name.rpartition('.')[2]} ({error}) · {path} · mend or convert the file") from None
 
 
@@ -203,8 +232,23 @@ def parse_line(line, where):
         raise UserError(f"invalid JSON ({error.msg}, column {error.colno}) · {where} · mend or delete this line") from None
 
 
+@functools.cache
+def await_hub():
+    """A hub that takes the connection and then says nothing would be waited for without end: then the cache has to do."""
+    if os.environ.get("HF_HUB_OFFLINE", "0") == "0":
+        ask = urllib.request.Request(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), method="HEAD")
+        try:
+            urllib.request.urlopen(ask, timeout=float(os.environ.get("HF_HUB_ETAG_TIMEOUT", 10))).close()
+        except Exception as error:              # any answer will do
+            if "timed out" in str(error):
+                os.environ["HF_HUB_OFFLINE"] = "1"
+                if "huggingface_hub" in sys.modules:
+                    sys.modules["huggingface_hub"].constants.HF_HUB_OFFLINE = True
+
+
 def read_hub(name):
     """hub:REPO[:CONFIG][:SPLIT] through the `datasets` package (REPO may be a local folder)."""
+    await_hub()
     try:
         import datasets
     except ImportError:
@@ -232,7 +276,7 @@ def messages_of(value):
 
 def turns_of_transcript(text):
     """An hh-rlhf transcript "\\n\\nHuman: … \\n\\nAssistant: …" → messages."""
-    parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
+    parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text.lstrip())
     return [{"role": "user" if who == "Human" else "assistant", "content": said.strip()}
             for who, said in zip(parts[1::2], parts[2::2])]
 
@@ -247,7 +291,7 @@ def split_common(chosen, rejected):
             shared -= 1
         return chosen[:shared].strip(), chosen[shared:], rejected[shared:]
     shared = len(list(itertools.takewhile(lambda ab: ab[0] == ab[1], zip(chosen, rejected))))
-    if len(chosen) == shared + 1 == len(rejected):
+    if len(chosen) == shared + 1 == len(rejected) and chosen[shared]["role"] == rejected[shared]["role"] == "assistant":
         return chosen[:shared], chosen[shared]["content"], rejected[shared]["content"]
     return None
 
@@ -273,7 +317,8 @@ def pairs_of_row(row, label=None):
         rejected = rejected if isinstance(rejected, list) else [rejected]
         both = zip(chosen, rejected) if len(chosen) == len(rejected) else itertools.product(chosen, rejected)
         return [(prompt, c, r) for c, r in both]
-    if prompt in (None, "", []):                                                # TRL implicit, hh-rlhf
+    talks = isinstance(chosen, list) and isinstance(rejected, list) and len(chosen) > 2 and len(rejected) > 2
+    if prompt in (None, "", []) or talks:           # TRL implicit, hh-rlhf, conversations that hold more than the prompt
         if type(chosen) is not type(rejected) or not chosen or not rejected:
             return "chosen and rejected are not both text or both messages"
         parts = split_common(chosen, rejected)
@@ -349,23 +394,23 @@ def chat_string(tokenizer, messages, **kwargs):
     from jinja2.exceptions import TemplateError
     template = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro +%}" + tokenizer.get_chat_template()
     options = dict(tokenize=False, chat_template=template, date_string="26 Jul 2024", **kwargs)
+    folds = len(messages) > 1 and messages[0]["role"] == "system" and messages[1]["role"] == "user"
     try:
-        return tokenizer.apply_chat_template(messages, **options)
+        text = tokenizer.apply_chat_template(messages, **options)
+        if not folds or messages[0]["content"].strip() in text:         # Mistral's loses it unless the last turn is the user's
+            return text
     except TemplateError:
-        if len(messages) < 2 or messages[0]["role"] != "system" or messages[1]["role"] != "user":
+        if not folds:
             raise
-        folded = {"role": "user", "content": messages[0]["content"] + "\n\n" + messages[1]["content"]}
-        return tokenizer.apply_chat_template([folded, *messages[2:]], **options)
+    folded = {"role": "user", "content": messages[0]["content"] + "\n\n" + messages[1]["content"]}
+    return tokenizer.apply_chat_template([folded, *messages[2:]], **options)
 
 
 def takes_system_turn(tokenizer):
-    """Does the chat template accept a system turn?"""
-    from jinja2.exceptions import TemplateError
-    try:
-        tokenizer.apply_chat_template([{"role": "system", "content": "a"}, {"role": "user", "content": "b"}], tokenize=False)
-    except TemplateError:
-        return False
-    return True
+    """Does the chat template have a system turn, or does its text come in front of the first user turn?"""
+    system, user, both, answer = ({"role": r, "content": c} for r, c in (("system", "a"), ("user", "b"), ("user", "a\n\nb"),
+                                                                         ("assistant", "c")))
+    return chat_string(tokenizer, [system, user, answer]) != chat_string(tokenizer, [both, answer])
 
 
 @functools.lru_cache(maxsize=8)
@@ -498,13 +543,17 @@ def unpack_gguf(path):
 
 def from_pretrained(kind, name, revision=None, **extra):
     """transformers' AutoTokenizer, AutoConfig or AutoModelForCausalLM of --model; what fails becomes one line."""
-    import transformers
     try:
-        return getattr(transformers, kind).from_pretrained(locate_model(name), revision=revision, **extra)
+        place = locate_model(name)
+        if not os.path.exists(place):
+            await_hub()
+        import transformers
+        return getattr(transformers, kind).from_pretrained(place, revision=revision, **extra)
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"{kind} cannot be opened ({str(error).splitlines()[0]}) · {name} · check the name or the folder") from None
+    except Exception as error:      # transformers and the hub raise all sorts; the first line says what is wrong
+        raise UserError(f"{kind} cannot be opened ({(str(error).splitlines() or [type(error).__name__])[0]}) · {name} · "
+                        "check the name or the folder") from None
 
 
 def load_tokenizer(name, revision=None):
@@ -575,7 +624,7 @@ def make_backbone(model, tokenizer, meta, pack="tree", budget=None):
             "parameters": sum(p.numel() for p in model.parameters())}
     backbone = Backbone(model, tokenizer, lists[0], meta, pack, budget or (512 if model.device.type == "cpu" else 4096))
     if not takes_system_turn(tokenizer):
-        backbone.notes.append("the chat template refuses a system turn: where there is one, it is put in front of the first user turn")
+        backbone.notes.append("the chat template has no system turn: where there is one, it is put in front of the first user turn")
     if tokenizer.chat_template == PLAIN_TEMPLATE:
         backbone.notes.append("the model has no chat template: a plain one (User: … Assistant: …) is used")
     if pack == "tree" and not packing_holds(backbone):
@@ -832,6 +881,8 @@ def problem_with(tokenizer, prompt, chosen, rejected, max_length):
             return "prompt messages without role and content"
         if prompt[-1]["role"] == "assistant":
             return "the prompt ends with an assistant turn"
+        if not all(m["content"].strip() for m in prompt if m["role"] == "assistant"):
+            return "an empty assistant turn"
     elif not isinstance(prompt, str) or not prompt.strip():
         return "an empty or non-text prompt"
     try:

@@ -45,7 +45,7 @@ def shard_files(run, layer=None):
     if layer not in layers:
         raise stage1.UserError(f"layer {layer} was not extracted, {layers} were · {folder} · run 01_extract.py --layer {layer}")
     paths = sorted(folder.glob(f"layer{layer}-*.safetensors"))
-    metas = [stage1.read_meta(p, "01_extract.py") for p in paths]
+    metas = [stage1.read_meta(p, "01_extract.py", "extract") for p in paths]
     count = int(paths[0].stem.rpartition("-")[2])
     if len(paths) != count or any(m != metas[0] for m in metas):
         raise stage1.UserError(f"{len(paths)} of {count} shards, or shards of different runs · {folder} · run 01_extract.py again")
@@ -62,7 +62,10 @@ def read_chunks(paths, rows=1024, names=("chosen", "rejected", *CARRIED)):
             slices = {name: file.get_slice(name) for name in names}
             n = slices["pair"].get_shape()[0]
             for start in range(0, n, rows):
-                yield {name: s[start:start + rows] for name, s in slices.items()}
+                chunk = {name: s[start:start + rows] for name, s in slices.items()}
+                if "chosen" in chunk:
+                    stage1.check_finite(chunk, path)
+                yield chunk
 
 
 def firing_frequencies(sae, chunks):

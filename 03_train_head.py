@@ -271,11 +271,14 @@ def self_check(run):
     pairs = [json.loads(line) for line in (run / "pairs.jsonl").open(encoding="utf-8")]
     rows = (t["split"] == TRAIN).nonzero().flatten()[::max(1, int((t["split"] == TRAIN).sum()) // 16)].tolist()
     texts = [(pairs[i]["prompt"], pairs[i][side]) for i in rows for side in ("chosen", "rejected")]
-    together = torch.tensor(reward.score(*zip(*texts)))
-    alone = torch.tensor([reward.score([p], [r])[0] for p, r in texts])
+    scores = lambda some, model=reward: torch.tensor(model.score(*zip(*some)))
+    together, backward = scores(texts), scores(texts[::-1]).flip(0)
+    alone = torch.cat([scores([text]) for text in texts])
     packing, backbone.pack = backbone.pack, "pad"
-    padded = torch.tensor(reward.score(*zip(*texts)))
+    padded = scores(texts)
     backbone.pack = packing
+    reloaded = scores(texts, RewardModel.load(run / "reward_head.safetensors", model=backbone))
+    swapped = max(abs(reward.prefer(p, a, b) + reward.prefer(p, b, a) - 1) for (p, a), (_, b) in zip(texts[::2], texts[1::2]))
     stored = {side: torch.stack([t[side][i] for i in rows]) for side in ("chosen", "rejected")}
     place = {int(j): n for n, j in enumerate(t["latents"])}
     if not {int(j) for j in reward.tensors["latents"]} <= set(place):
@@ -291,9 +294,10 @@ def self_check(run):
     ends = sum(x.ids[x.eot] in stage1.control_tokens(tokenizer)[1] for x in rendered)
     return [("no second BOS", doubled == 0, f"{doubled} of {len(rendered)} texts"),
             ("an end-of-turn token closes the answer", ends == len(rendered), f"{ends} of {len(rendered)} texts"),
-            ("one by one as together", gap(alone, together) <= limit, f"{gap(alone, together):.1e} of the scores' std"),
-            (f"padded as packed ({packing})", gap(padded, together) <= limit, f"{gap(padded, together):.1e} of the scores' std"),
-            ("new scores as those of stages 1 and 2", gap(stored, together) <= limit, f"{gap(stored, together):.1e} of the scores' std"),
+            *((what, gap(other, together) <= limit, f"{gap(other, together):.1e} of the scores' std") for what, other in (
+                ("one by one as together", alone), ("backwards as forwards", backward), (f"padded as packed ({packing})", padded),
+                ("read again from disk", reloaded), ("new scores as those of stages 1 and 2", stored))),
+            ("prefer(a, b) + prefer(b, a) = 1", swapped <= limit, f"off by {swapped:.1e} at most"),
             ("files belong together", lineage, "features, pairs")]
 
 
@@ -345,9 +349,8 @@ def main():
         print(*(f"{'✓' if holds else '✗'} {what:<42} {figure}" for what, holds, figure in found), sep="\n")
         sys.exit(0 if all(holds for _, holds, _ in found) else 1)
     path = Path(args.run) / "features.safetensors"
-    t, meta = stage1.load_stage(path, "02_select_features.py")
-    if meta.get("stage") != "select":
-        raise UserError(f"not a file of stage 2 · {path} · run 02_select_features.py again")
+    t, meta = stage1.load_stage(path, "02_select_features.py", "select")
+    stage1.check_finite(t, path)
     split, total = t["split"], meta["k"]
     for number, name in ((TRAIN, "train"), (DEV, "dev")):
         if not (split == number).any():

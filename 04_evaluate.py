@@ -156,8 +156,8 @@ class Data(Pairs):
 
     def __init__(self, run, sae_path=None):
         self.run = run = Path(run)
-        self.features, self.meta = stage1.load_stage(run / "features.safetensors", "02_select_features.py")
-        self.head, self.head_meta = stage1.load_stage(run / "reward_head.safetensors", "03_train_head.py")
+        self.features, self.meta = stage1.load_stage(run / "features.safetensors", "02_select_features.py", "select")
+        self.head, self.head_meta = stage1.load_stage(run / "reward_head.safetensors", "03_train_head.py", "head")
         paths, _ = stage2.shard_files(run, self.meta["layer"])
         if [stage1.file_hash(p) for p in paths] != self.meta["parent"]["activations"]:
             raise stage1.UserError(f"the activations are not those that features.safetensors was made from · {run} · run 02 and 03 again")
@@ -553,9 +553,10 @@ def main():
         found = json.loads(out.read_text("utf-8"))
     except (OSError, ValueError):           # none yet, or damaged
         found = {}
-    if not isinstance(found, dict) or found.get("parent") != parent:
+    if not isinstance(found, dict) or found.get("parent") != sealed(parent, found):
         result, times = evaluate(data, args)
-        found = json.loads(json.dumps({**result, "parent": parent}), parse_float=lambda x: float(f"{float(x):.9g}"))
+        found = json.loads(json.dumps(result), parse_float=lambda x: float(f"{float(x):.9g}"))
+        found["parent"] = sealed(parent, found)
         stage1.write_text(Path(args.run) / "timings.json", json.dumps(times, indent=1) + "\n")
         stage1.write_text(out, json.dumps(found, indent=1, sort_keys=True, ensure_ascii=False) + "\n")     # last: it says that all is done
     report(args, found, page.write_page(found, args.run))
@@ -576,6 +577,11 @@ def accuracy_lines(what, rows):
         yield (f"  {name:<18} {row['accuracy']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]"
                + ("   {mean:+.3f}  [{low:+.3f}, {high:+.3f}]".format(**row["behind"]) if "behind" in row else "")
                + (f"   ties {row['ties']:.1%}, as half {row['ties_half']:.3f}" if row["ties"] > 0.005 else ""))
+
+
+def sealed(parent, found):
+    """What an evaluation depends on, and a hash of its numbers: a damaged one is made anew."""
+    return {**parent, "numbers": stage1.hash_number(json.dumps({n: v for n, v in found.items() if n != "parent"}, sort_keys=True))}
 
 
 def report(args, result, written):

@@ -193,6 +193,11 @@ def is_prompt(value):
     return stage1.is_conversation(value) if isinstance(value, list) else isinstance(value, str) and bool(value.strip())
 
 
+def are_numbers(values, count):
+    """Is it a list of so many numbers?"""
+    return isinstance(values, list) and len(values) == count and all(isinstance(x, (int, float)) and math.isfinite(x) for x in values)
+
+
 def read_prompts(path):
     """Prompts of a JSONL file, each once, in order."""
     found = {}
@@ -225,8 +230,7 @@ def read_candidates(path):
         texts, labels = row["candidates"], row.get("labels")
         if not isinstance(texts, list) or not texts or not all(isinstance(c, str) for c in texts):
             raise UserError(f"candidates must be a list of texts, at least one · {where} · mend this row")
-        if "labels" in row and not (isinstance(labels, list) and len(labels) == len(texts)
-                                    and all(isinstance(x, (int, float)) for x in labels)):
+        if "labels" in row and not are_numbers(labels, len(texts)):
             raise UserError(f"labels must be numbers, one for each of the {len(texts)} candidates · {where} · mend this row")
     if not rows:
         raise UserError(f"no candidates · {path} · rows need prompt and candidates, or prompt and response")
@@ -257,7 +261,8 @@ def sample(args):
                 continue
             if not isinstance(row, dict) or not {"prompt", "candidates", "scores", "best"} <= set(row):
                 continue
-            if row.get("settings") == settings and row.get("policy") == policy_name and row.get("reward") == head:
+            if row.get("settings") == settings and row.get("policy") == policy_name and row.get("reward") == head \
+                    and are_numbers(row["scores"], args.n):
                 done[json.dumps(row["prompt"])] = row
     rows = [done.get(json.dumps(p)) for p in prompts]
     if None in rows:
@@ -381,7 +386,7 @@ def best_and_worst(rows, reward, head):
             yield {"id": str(n), "prompt": row["prompt"], "reason": "fewer than two different candidates"}
             continue
         scores = row.get("scores")
-        if row.get("reward") != head or not isinstance(scores, list) or len(scores) != len(row["candidates"]):
+        if row.get("reward") != head or not are_numbers(scores, len(row["candidates"])):
             scores = reward.score([row["prompt"]] * len(row["candidates"]), row["candidates"])
         scores = dict(zip(row["candidates"], scores))
         yield {"id": str(n), "prompt": row["prompt"], "chosen": max(texts, key=scores.get), "rejected": min(texts, key=scores.get)}

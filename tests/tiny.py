@@ -64,10 +64,10 @@ FAMILIES = {
 }
 
 
-def save_model(folder, family="llama", template=CHATML, seed=0, **changes):
+def save_model(folder, family="llama", template=CHATML, seed=0, tokenizer=None, **changes):
     """A random model of three blocks, width 32, with its tokenizer → folder (str). Weights large enough to matter."""
     torch.manual_seed(seed)
-    tokenizer = make_tokenizer(template)
+    tokenizer = tokenizer or make_tokenizer(template)
     config = AutoConfig.for_model(family, vocab_size=len(tokenizer), initializer_range=0.3, pad_token_id=0, bos_token_id=1,
                                   eos_token_id=2, **FAMILIES[family] | changes)
     AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
