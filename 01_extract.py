@@ -408,9 +408,9 @@ def chat_string(tokenizer, messages, **kwargs):
 
 def takes_system_turn(tokenizer):
     """Does the chat template have a system turn, or does its text come in front of the first user turn?"""
-    system, user, both, answer = ({"role": r, "content": c} for r, c in (("system", "a"), ("user", "b"), ("user", "a\n\nb"),
-                                                                         ("assistant", "c")))
-    return chat_string(tokenizer, [system, user, answer]) != chat_string(tokenizer, [both, answer])
+    turn = lambda role, content: {"role": role, "content": content}
+    whole = [turn("system", "Be brief."), turn("user", "b"), turn("assistant", "c")]
+    return chat_string(tokenizer, whole) != chat_string(tokenizer, [turn("user", "Be brief.\n\nb"), whole[2]])
 
 
 @functools.lru_cache(maxsize=8)

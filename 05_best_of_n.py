@@ -259,10 +259,8 @@ def sample(args):
                 row = json.loads(line)
             except ValueError:                  # the line a kill cut short
                 continue
-            if not isinstance(row, dict) or not {"prompt", "candidates", "scores", "best"} <= set(row):
-                continue
-            if row.get("settings") == settings and row.get("policy") == policy_name and row.get("reward") == head \
-                    and are_numbers(row["scores"], args.n):
+            if isinstance(row, dict) and {"prompt", "candidates", "best"} <= set(row) and are_numbers(row.get("scores"), args.n) \
+                    and [row.get(name) for name in ("settings", "policy", "reward")] == [settings, policy_name, head]:
                 done[json.dumps(row["prompt"])] = row
     rows = [done.get(json.dumps(p)) for p in prompts]
     if None in rows:

@@ -269,6 +269,36 @@ def test_check_passes_on_a_finished_run_and_fails_on_a_head_that_does_not_belong
     assert code == 1 and "Traceback" not in err
 
 
+def in_order(real):
+    """A score that also tells a text's place in the list."""
+    return lambda self, prompts, responses: [s + 0.01 * n for n, s in enumerate(real(self, prompts, responses))]
+
+
+def second_bos(real):
+    return lambda tokenizer, *rest: (text := real(tokenizer, *rest)) and stage1.Text([1, 1, *text.ids], *(x + 2 for x in (
+        text.first, text.last, text.eot)))
+
+
+BROKEN = {"no second BOS": (stage1, "render", second_bos), "backwards as forwards": (stage3.RewardModel, "score", in_order),
+          "padded as packed": (stage1, "hidden_rows", lambda real: lambda backbone, ids, layers: real(
+              backbone, [i[:-3] + i[-1:] * 3 for i in ids] if backbone.pack == "pad" else ids, layers)),
+          "an end-of-turn token": (stage1, "control_tokens", lambda real: lambda tokenizer: (real(tokenizer)[0], set())),
+          "read again from disk": (stage3.RewardModel, "load", lambda real: lambda path, model=None: (
+              found := real(path, model)) and (model and found.head["w1"].mul_(1.5), found)[1]),
+          "prefer(a, b)": (stage3.RewardModel, "prefer", lambda real: lambda *args: 0.1 + real(*args))}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_what_is_broken_is_a_cross_in_the_self_check(what, run, monkeypatch):
+    train(run)
+    place, name, breaks = BROKEN[what]
+    monkeypatch.setattr(place, name, breaks(getattr(place, name)))
+    found = stage3.self_check(run)
+    assert [holds for label, holds, _ in found if label.startswith(what)] == [False], found
+    monkeypatch.undo()
+    assert len(found) == 9 and all(holds for _, holds, _ in stage3.self_check(run))
+
+
 # ---------------------------------------------------------------- the reward model
 
 @pytest.fixture(scope="module", params=["linear", "mlp"])
