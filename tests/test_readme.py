@@ -1,6 +1,7 @@
 """The README's tables are those of the committed figures; its code blocks name flags and files that exist."""
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -20,18 +21,18 @@ def load(path):
     return module
 
 
-def test_the_tables_of_the_readme_are_the_committed_figures():
-    script = load(tiny.ROOT / "benchmarks" / "does_it_hold.py")
-    found = script.json.loads(script.RESULTS.read_text(encoding="utf-8"))
-    between = re.search(r"<!-- does_it_hold -->\n(.*?)<!-- end -->", README, re.S)[1]
-    assert between.strip() == script.tables(found).strip()
+TABLES = [("README.md", "does_it_hold", "does_it_hold", lambda script, found: script.tables(found)),
+          ("benchmarks/README.md", "extract", "extract", lambda script, found: script.table(found["speed"])),
+          ("benchmarks/README.md", "rank", "rank_answers", lambda script, found: script.table(found)),
+          ("README.md", "align", "align", lambda script, found: script.table(found))]
 
 
-def test_the_table_of_extraction_is_the_committed_figures():
-    script = load(tiny.ROOT / "benchmarks" / "extract.py")
-    found = script.json.loads((tiny.ROOT / "benchmarks/results/extract.json").read_text(encoding="utf-8"))["speed"]
-    text = (tiny.ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
-    assert re.search(r"<!-- extract -->\n(.*?)<!-- end -->", text, re.S)[1] == script.table(found)
+@pytest.mark.parametrize("file, mark, name, table", TABLES, ids=[t[2] for t in TABLES])
+def test_a_table_is_the_committed_figures(file, mark, name, table):
+    found = json.loads((tiny.ROOT / f"benchmarks/results/{name}.json").read_text(encoding="utf-8"))
+    text = (tiny.ROOT / file).read_text(encoding="utf-8")
+    between = re.search(rf"<!-- {mark} -->\n(.*?)<!-- end -->", text, re.S)[1]
+    assert between.strip() == table(load(tiny.ROOT / f"benchmarks/{name}.py"), found).strip()
 
 
 @pytest.fixture(scope="module")
