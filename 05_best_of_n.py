@@ -23,6 +23,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import report as page
+
 stage1, stage3 = (importlib.import_module(n) for n in ("01_extract", "03_train_head"))
 UserError = stage1.UserError
 
@@ -314,9 +316,10 @@ def rank(args):
 
 
 def finish(out, rows):
-    """Write and print the best-of-n curve."""
+    """Write, draw and print the best-of-n curve."""
     result = curve_of(rows)
     stage1.write_text(out.with_suffix(".curve.json"), json.dumps(result, indent=1) + "\n")
+    drawn = page.picture(lambda axes: page.best_of_plot(axes, result["curve"]), out.with_suffix(".curve.png"))
     labels = "label" in result["curve"][1]
     print(f"\n{result['prompts']} prompts with up to {result['n']} candidates; expectation over all subsets of m"
           + ("" if labels else " (without labels the curve rises by its making)")
@@ -330,7 +333,7 @@ def finish(out, rows):
     print(f"\nwidest gap   {stage1.plain_text(best['prompt'])[:90]!r}"
           f"\n  best  {max(best['scores']):+.2f}   {best['candidates'][best['scores'].index(max(best['scores']))][:90]!r}"
           f"\n  worst {min(best['scores']):+.2f}   {best['candidates'][best['scores'].index(min(best['scores']))][:90]!r}"
-          f"\n\nwritten {out}, {out.with_suffix('.curve.json')}")
+          f"\n\nwritten {out}, {out.with_suffix('.curve.json')}" + (f", {out.with_suffix('.curve.png')}" if drawn else ""))
 
 
 def pairs(args):

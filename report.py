@@ -226,6 +226,21 @@ def reliability_plot(axes, calibration):
     axes.set_ylabel("share right")
 
 
+def best_of_plot(axes, curve):
+    """Best-of-n of stage 5, {m: row}: with labels the mean label by reward, by an oracle and of a random pick; else the mean reward."""
+    ms, labelled, blue = list(curve), "label" in curve[1], COLOURS["sparserm"]
+    axes.plot(ms, [row["label" if labelled else "reward"] for row in curve.values()], "o-", color=blue, label="by the reward")
+    if labelled:
+        axes.plot(ms, [row["oracle"] for row in curve.values()], "s--", color=COLOURS["dense"], label="oracle")
+        axes.axhline(curve[1]["label"], color="#bbbbbb", lw=1, ls=":", label="random pick")
+        axes.legend(frameon=False, fontsize=8)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ms, [f"{m}\n{row['kl_bound']:.2f}" for m, row in curve.items()])
+    axes.minorticks_off()
+    axes.set_xlabel("best of m candidates; below: KL to the policy is at most … nats")
+    axes.set_ylabel("mean label" if labelled else "mean reward")
+
+
 def write_page(result, run):
     """Pictures and report.html of a run → names of the files written. The page asks nothing of the network."""
     run, curves = Path(run), result["curves"]

@@ -238,6 +238,19 @@ def test_rank_orders_by_the_reward_and_gives_the_accuracy_where_there_are_labels
     curve = json.loads(at.curve.read_text())["curve"]
     assert curve["4"]["label"] == sum(r["labels"][r["ranking"][0]] for r in rows) / 2
     assert curve["1"]["label"] == 3 / 8 and curve["4"]["oracle"] == 1
+    assert at.curve.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_the_picture_shows_the_numbers_of_the_curve(labelled):
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    rows = [{"scores": [0.5, -1, 2, 0], "labels": [1, 0, 0, 1]} if labelled else {"scores": [0.5, -1, 2, 0]}]
+    curve, axes = stage5.curve_of(rows)["curve"], figure.subplots()
+    stage5.page.best_of_plot(axes, curve)
+    drawn = [list(line.get_ydata()) for line in axes.get_lines()]
+    names = ("label", "oracle") if labelled else ("reward",)
+    assert drawn[:len(names)] == [[row[name] for row in curve.values()] for name in names]
+    assert len(drawn) == (3 if labelled else 1) and (not labelled or drawn[2] == [0.5, 0.5])
 
 
 def test_a_candidate_that_is_too_long_is_ranked_last_and_said_so(at, reward):
