@@ -917,6 +917,7 @@ def shard_path(run, layer, n, count):
 
 
 def parse_args():
+    """The flags, checked as far as that needs no file."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default="demo", help="demo, a hub name, a folder or a .gguf file (default demo)")
     p.add_argument("--revision", help="branch, tag or commit of a hub model")
@@ -950,6 +951,7 @@ def parse_args():
 
 
 def main():
+    """Stage 1 from the command line."""
     args = parse_args()
     config, tokenizer = load_config(args.model, args.revision), load_tokenizer(args.model, args.revision)
     for layer in args.layer:

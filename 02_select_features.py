@@ -186,6 +186,7 @@ def check_belongs(sae, meta, width, path):
 
 
 def parse_args():
+    """The flags, checked as far as that needs no file."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--run", default="runs/demo", help="folder of the run (default runs/demo)")
     p.add_argument("--sae", default="assets/sae-smollm2-135m-layer16.safetensors", help="SAE file, folder or hub:REPO[:SUBFOLDER]")
@@ -198,6 +199,7 @@ def parse_args():
 
 
 def main():
+    """Stage 2 from the command line."""
     args = parse_args()
     if args.k < 1:
         raise stage1.UserError(f"K must be at least 1 · --k {args.k} · the paper uses 128")

@@ -309,6 +309,7 @@ def standardised(t):
 
 
 def parse_args():
+    """The flags, checked as far as that needs no file."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--run", default="runs/demo", help="folder of the run (default runs/demo)")
     p.add_argument("--head", choices=("linear", "mlp"), default="linear", help="(default linear)")
@@ -342,6 +343,7 @@ def settings_of(args):
 
 
 def main():
+    """Stage 3 from the command line."""
     args = parse_args()
     check_settings(args)
     if args.check:

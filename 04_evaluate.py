@@ -519,6 +519,7 @@ def evaluate(data, args):
 
 
 def parse_args():
+    """The flags, checked as far as that needs no file."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--run", default="runs/demo", help="folder of the run (default runs/demo)")
     p.add_argument("--sae", help="the SAE, where it is not at the place recorded by stage 2")
@@ -543,6 +544,7 @@ def parse_args():
 
 
 def main():
+    """Stage 4 from the command line."""
     args = parse_args()
     data = Data(args.run, args.sae)
     if args.explain:

@@ -394,6 +394,7 @@ def best_and_worst(rows, reward, head):
 
 
 def parse_args():
+    """The flags, checked as far as that needs no file."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--reward", default="runs/demo/reward_head.safetensors", help="head of stage 3 (default runs/demo/…)")
@@ -431,6 +432,7 @@ def parse_args():
 
 
 def main():
+    """Stage 5 from the command line."""
     args = parse_args()
     {"sample": sample, "rank": rank, "pairs": pairs}[args.command](args)
 

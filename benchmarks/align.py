@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 stage1, stage2, stage3, stage4 = (importlib.import_module(n) for n in
                                   ("01_extract", "02_select_features", "03_train_head", "04_evaluate"))
-log_likelihoods = importlib.import_module("likelihood").log_likelihoods
+log_likelihoods, interval = importlib.import_module("likelihood").log_likelihoods, importlib.import_module("does_it_hold").interval
 RESULTS = ROOT / "benchmarks/results/align.json"
 FILTERS = ("none", "sparserm", "random", "length", "dense", "oracle")
 METRICS = {"likelihood": "chosen more likely", "implicit": "implicit reward", "mc1": "MC1"}
@@ -72,17 +72,15 @@ def flipped(rows, noise, seed):
 
 # ---------------------------------------------------------------- filters
 
-def dense_differences(run, reward, rows):
+def dense_differences(pairs, reward, rows):
     """r_chosen - r_rejected of a Bradley-Terry head on z, trained on the reward model's pairs with stage 4's search → [n]."""
-    pairs = stage4.Pairs(run, stage2.shard_files(run)[0])
     settings = {"lr": 0.01, "epochs": 200, "patience": 20}
     *_, difference = stage4.fit_control(*pairs.z, pairs.split, stage4.DENSE, settings, range(5))
     return difference(*(reward.hidden([r["prompt"] for r in rows], [r[side] for r in rows]) for side in ("chosen", "rejected")))
 
 
-def length_differences(run, rows):
+def length_differences(pairs, rows):
     """Words of chosen minus rejected, with the sign that wins on the reward model's train pairs (a draw: longer) → [n]; 0: as long."""
-    pairs = stage4.Pairs(run, stage2.shard_files(run)[0])
     train = pairs.part(pairs.split == stage1.TRAIN)
     sign = 1 if np.sign(train.tokens[0] - train.tokens[1].astype(float)).sum() >= 0 else -1
     return sign * np.array([len(r["chosen"].split()) - len(r["rejected"].split()) for r in rows], float)
@@ -179,6 +177,7 @@ def experiment(args):
     noisy_source, dev = cut(rest, args.train_pairs)
     questions = [row for _, row in stage1.read_rows(args.questions) if stage1.split_of(row["prompt"]) == "test"] if args.questions else []
     reward = train_reward(clean, folder, args)
+    seen = stage4.Pairs(folder / "reward", stage2.shard_files(folder / "reward")[0])        # its own pairs, for the other filters
     print(f"{len(clean)} clean pairs for the reward model, {len(noisy_source)} for the policy, {len(dev)} dev, {len(test)} test, "
           f"{len(questions)} test questions", flush=True)
     base = once(folder / "unaligned.json", lambda: read_policy(reward.backbone, test, questions))
@@ -201,7 +200,7 @@ def experiment(args):
     runs = {name: [] for name in FILTERS}
     for seed in range(args.seeds):
         noisy = flipped(noisy_source, args.noise, seed)
-        dense, length = dense_differences(folder / "reward", reward, noisy), length_differences(folder / "reward", noisy)
+        dense, length = dense_differences(seen, reward, noisy), length_differences(seen, noisy)
         for name in FILTERS:
             rows = kept_by(name, noisy, dense, length, folder, args, seed)
             result = once(folder / f"{name}-{seed}-lr{lr:g}.json", lambda rows=rows, seed=seed: trained(rows, lr, seed, test, questions))
@@ -241,8 +240,7 @@ def figures(runs, base, test, questions):
 
 def table(found):
     """The figures → markdown."""
-    number = lambda value, sign: f"{value:{sign}.3f}".replace("0.", ".", 1)
-    cell = lambda r, sign="": "{} [{}, {}]".format(*(number(r[n], sign) for n in ("mean", "low", "high"))) if r else "–"
+    cell = lambda r, sign="": interval(r, "mean", sign) if r else "–"
     columns = ["filter", "pairs kept, of which flipped", *METRICS.values(), "implicit, minus no filter", "MC1, minus no filter"]
     text = "| " + " | ".join(columns) + " |\n"
     text += "|---" * 7 + "|\n"

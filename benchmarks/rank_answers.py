@@ -27,7 +27,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 stage1, stage3, stage4 = (importlib.import_module(n) for n in ("01_extract", "03_train_head", "04_evaluate"))
-log_likelihoods = importlib.import_module("likelihood").log_likelihoods
+log_likelihoods, cell = importlib.import_module("likelihood").log_likelihoods, importlib.import_module("does_it_hold").interval
 
 
 def ranked(questions, args):
@@ -47,10 +47,9 @@ def label_of_best(scores, labels):
 
 def table(found):
     """The figures → markdown."""
-    number = lambda row, sign="": "{} [{}, {}]".format(*(f"{row[n]:{sign}.3f}".replace("0.", ".", 1) for n in ("mean", "low", "high")))
     rows = [(name, row) for name, row in found.items() if isinstance(row, dict)]
     return "| ranked by | right answer first | SparseRM minus it |\n|---|---|---|\n" + "".join(
-        f"| {name.replace('_', ' ')} | {number(row)} | {'–' if name == 'sparserm' else number(row['behind'], '+')} |\n"
+        f"| {name.replace('_', ' ')} | {cell(row, 'mean')} | {'–' if name == 'sparserm' else cell(row['behind'], 'mean', '+')} |\n"
         for name, row in sorted(rows, key=lambda r: -r[1]["mean"]))
 
 
