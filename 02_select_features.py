@@ -26,6 +26,7 @@ import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
+from parts.files import UserError, check_finite, file_hash, load_stage, read_meta, run_main, save_stage, up_to_date
 from sae import SAEError, load_sae
 
 stage1 = importlib.import_module("01_extract")
@@ -38,20 +39,20 @@ def shard_files(run, layer=None):
     folder = Path(run) / "activations"
     layers = sorted({int(p.name[5:].partition("-")[0]) for p in folder.glob("layer[0-9]*-*-of-*.safetensors")})
     if not layers:
-        raise stage1.UserError(f"no activations · {folder} · run 01_extract.py --run {run} first")
+        raise UserError(f"no activations · {folder} · run 01_extract.py --run {run} first")
     if layer is None and len(layers) > 1:
-        raise stage1.UserError(f"several layers: {layers} · {folder} · pass --layer")
+        raise UserError(f"several layers: {layers} · {folder} · pass --layer")
     layer = layers[0] if layer is None else layer
     if layer not in layers:
-        raise stage1.UserError(f"layer {layer} was not extracted, {layers} were · {folder} · run 01_extract.py --layer {layer}")
+        raise UserError(f"layer {layer} was not extracted, {layers} were · {folder} · run 01_extract.py --layer {layer}")
     paths = sorted(folder.glob(f"layer{layer}-*.safetensors"))
-    metas = [stage1.read_meta(p, "01_extract.py", "extract") for p in paths]
+    metas = [read_meta(p, "01_extract.py", "extract") for p in paths]
     count = int(paths[0].stem.rpartition("-")[2])
     if len(paths) != count or any(m != metas[0] for m in metas):
-        raise stage1.UserError(f"{len(paths)} of {count} shards, or shards of different runs · {folder} · run 01_extract.py again")
+        raise UserError(f"{len(paths)} of {count} shards, or shards of different runs · {folder} · run 01_extract.py again")
     pairs = Path(run) / "pairs.jsonl"
-    if not pairs.is_file() or stage1.file_hash(pairs) != metas[0]["parent"]["pairs"]:
-        raise stage1.UserError(f"pairs.jsonl is not the file that the activations were made from · {run} · run 01_extract.py again")
+    if not pairs.is_file() or file_hash(pairs) != metas[0]["parent"]["pairs"]:
+        raise UserError(f"pairs.jsonl is not the file that the activations were made from · {run} · run 01_extract.py again")
     return paths, metas[0]
 
 
@@ -64,7 +65,7 @@ def read_chunks(paths, rows=1024, names=("chosen", "rejected", *CARRIED)):
             for start in range(0, n, rows):
                 chunk = {name: s[start:start + rows] for name, s in slices.items()}
                 if "chosen" in chunk:
-                    stage1.check_finite(chunk, path)
+                    check_finite(chunk, path)
                 yield chunk
 
 
@@ -171,11 +172,11 @@ def train_sample(paths, limit=4096):
 def check_belongs(sae, meta, width, path):
     """Refuse an SAE of another width or layer; return warnings where only the names differ."""
     if sae.d_model != width:
-        raise stage1.UserError(f"the SAE reads width {sae.d_model}, the activations have {width} ({meta['model']}) · {path} · "
+        raise UserError(f"the SAE reads width {sae.d_model}, the activations have {width} ({meta['model']}) · {path} · "
                                "choose an SAE of that model")
     layer, model = sae.info.get("layer"), sae.info.get("model")
     if layer is not None and layer != meta["layer"]:
-        raise stage1.UserError(f"the SAE is for layer {layer}, the activations are from layer {meta['layer']} · {path} · "
+        raise UserError(f"the SAE is for layer {layer}, the activations are from layer {meta['layer']} · {path} · "
                                f"pass an SAE of layer {meta['layer']}, or run 01_extract.py --layer {layer}")
     found = [] if layer is not None else ["the SAE does not say its layer: check that it belongs to this one"]
     if not model:
@@ -202,34 +203,34 @@ def main():
     """Stage 2 from the command line."""
     args = parse_args()
     if args.k < 1:
-        raise stage1.UserError(f"K must be at least 1 · --k {args.k} · the paper uses 128")
+        raise UserError(f"K must be at least 1 · --k {args.k} · the paper uses 128")
     paths, meta = shard_files(args.run, args.layer)
     sae = load_sae(args.sae, getattr(torch, args.sae_dtype), k=args.k_sae)
     warnings = check_belongs(sae, meta, next(read_chunks(paths, 1))["chosen"].shape[1], args.sae)
-    parent = {"activations": [stage1.file_hash(p) for p in paths], "sae": stage1.file_hash(sae.info["weights"]),
+    parent = {"activations": [file_hash(p) for p in paths], "sae": file_hash(sae.info["weights"]),
               "pairs": meta["parent"]["pairs"]}
     record = {**meta, "stage": "select", "k_asked": args.k, "sae": args.sae, "sae_dtype": args.sae_dtype, "k_sae": args.k_sae,
               "parent": parent}
     out = Path(args.run) / "features.safetensors"
-    if not stage1.up_to_date(out, record):
+    if not up_to_date(out, record):
         select(args, paths, sae, record, warnings, out)
-    report(args, *stage1.load_stage(out))
+    report(args, *load_stage(out))
 
 
 def select(args, paths, sae, record, warnings, out):
     """Two passes over the shards, frequencies and then projections; write features.safetensors."""
     frequency_chosen, frequency_rejected, n = firing_frequencies(sae, tqdm(read_chunks(paths), desc="select", unit="chunk", disable=None))
     if not n:
-        raise stage1.UserError(f"no pair is in the train split · {args.run} · more pairs, or another --split in 01")
+        raise UserError(f"no pair is in the train split · {args.run} · more pairs, or another --split in 01")
     latents = select_latents(frequency_chosen, frequency_rejected, args.k)
     if not len(latents):
-        raise stage1.UserError(f"no latent fires more often on one side than on the other · {args.sae} · "
+        raise UserError(f"no latent fires more often on one side than on the other · {args.sae} · "
                                "look at the health figures: python sae.py check")
     directions = sae.W_dec[latents].float()
     table = project(paths, directions)
     mean, std = standardisation((table["chosen"], table["rejected"]), table["split"] == TRAIN)
     figures = health(sae, train_sample(paths))
-    stage1.save_stage(out, {"latents": latents, "directions": directions, "frequency_chosen": frequency_chosen,
+    save_stage(out, {"latents": latents, "directions": directions, "frequency_chosen": frequency_chosen,
                             "frequency_rejected": frequency_rejected, "mean": mean, "std": std, **table},
                       {**record, "k": len(latents) // 2, "health": figures, "warnings": warnings + warnings_of(sae, None, figures)})
 
@@ -249,4 +250,4 @@ def report(args, t, meta):
 
 
 if __name__ == "__main__":
-    stage1.run_main(main, SAEError)
+    run_main(main, SAEError)

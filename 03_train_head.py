@@ -16,7 +16,6 @@ one flag away. It does not publish learning rate or epochs either, and uses one 
 
 import argparse
 import importlib
-import json
 import math
 import sys
 import time
@@ -25,8 +24,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from parts.chat import render
+from parts.files import UserError, check_finite, file_hash, load_stage, run_main, save_stage, up_to_date
+
 stage1 = importlib.import_module("01_extract")
-UserError = stage1.UserError
 TRAIN, DEV = stage1.TRAIN, stage1.DEV
 EPOCH_PAIRS = 2**14      # at most, before dev is looked at again
 
@@ -157,7 +158,7 @@ class RewardModel:
     def load(cls, path, model=None, device="auto"):
         """A reward_head.safetensors → RewardModel. `model`: another copy of the backbone (name, folder, or a Backbone
         of stage 1); the recorded one is opened otherwise, never with remote code. Errors: UserError."""
-        tensors, meta = stage1.load_stage(path, "03_train_head.py")
+        tensors, meta = load_stage(path, "03_train_head.py")
         missing = {"directions", "mean", "std", "w1", "b1", "temperature"} - set(tensors)
         if missing:
             raise UserError(f"not a reward head: {', '.join(sorted(missing))} missing · {path} · pass reward_head.safetensors")
@@ -172,7 +173,7 @@ class RewardModel:
 
     def render(self, prompt, response):
         """A prompt and a response as the head was trained on them → Text of stage 1."""
-        return stage1.render(self.backbone.tokenizer, prompt, response, self.meta["max_length"])
+        return render(self.backbone.tokenizer, prompt, response, self.meta["max_length"])
 
     def read(self, texts):
         """Rendered texts → [n, d] float32."""
@@ -256,51 +257,6 @@ def check_backbone(wanted, found, where):
         raise UserError(f"the weights of {found['model']} are not those of {wanted['model']} · {where} · pass the same backbone")
 
 
-# ---------------------------------------------------------------- the self-check
-
-def self_check(run):
-    """Does the finished reward model do what it promises, on its own texts? → list of (what, holds, figure)."""
-    run = Path(run)
-    t, meta = stage1.load_stage(run / "features.safetensors", "02_select_features.py")
-    reward = RewardModel.load(run / "reward_head.safetensors")
-    backbone, tokenizer = reward.backbone, reward.backbone.tokenizer
-    lineage = reward.meta["parent"]["features"] == stage1.file_hash(run / "features.safetensors") and \
-        meta["parent"]["pairs"] == stage1.file_hash(run / "pairs.jsonl")
-    if not lineage:                     # the rest would compare what does not belong together
-        return [("files belong together", False, "features, pairs")]
-    pairs = [json.loads(line) for line in (run / "pairs.jsonl").open(encoding="utf-8")]
-    rows = (t["split"] == TRAIN).nonzero().flatten()[::max(1, int((t["split"] == TRAIN).sum()) // 16)].tolist()
-    texts = [(pairs[i]["prompt"], pairs[i][side]) for i in rows for side in ("chosen", "rejected")]
-    scores = lambda some, model=reward: torch.tensor(model.score(*zip(*some)))
-    together, backward = scores(texts), scores(texts[::-1]).flip(0)
-    alone = torch.cat([scores([text]) for text in texts])
-    packing, backbone.pack = backbone.pack, "pad"
-    padded = scores(texts)
-    backbone.pack = packing
-    reloaded = scores(texts, RewardModel.load(run / "reward_head.safetensors", model=backbone))
-    swapped = max(abs(reward.prefer(p, a, b) + reward.prefer(p, b, a) - 1) for (p, a), (_, b) in zip(texts[::2], texts[1::2]))
-    stored = {side: torch.stack([t[side][i] for i in rows]) for side in ("chosen", "rejected")}
-    place = {int(j): n for n, j in enumerate(t["latents"])}
-    if not {int(j) for j in reward.tensors["latents"]} <= set(place):
-        raise UserError(f"the head's latents are not among those of features.safetensors · {run} · run 03_train_head.py again")
-    columns = [place[int(j)] for j in reward.tensors["latents"]]
-    stored = torch.stack([apply_head(reward.head, (stored[s][:, columns] - reward.mean) / reward.std) for s in stored], 1).flatten()
-    spread = float(together.std()) or 1.0
-    limit = 1e-3 if backbone.model.dtype == torch.float32 else 0.1
-    gap = lambda a, b: float((a - b).abs().max()) / spread
-    rendered = [stage1.render(tokenizer, p, r, meta["max_length"]) for p, r in texts]
-    bos = tokenizer.bos_token_id
-    doubled = sum(x.ids[:2] == [bos, bos] for x in rendered) if bos is not None else 0
-    ends = sum(x.ids[x.eot] in stage1.control_tokens(tokenizer)[1] for x in rendered)
-    return [("no second BOS", doubled == 0, f"{doubled} of {len(rendered)} texts"),
-            ("an end-of-turn token closes the answer", ends == len(rendered), f"{ends} of {len(rendered)} texts"),
-            *((what, gap(other, together) <= limit, f"{gap(other, together):.1e} of the scores' std") for what, other in (
-                ("one by one as together", alone), ("backwards as forwards", backward), (f"padded as packed ({packing})", padded),
-                ("read again from disk", reloaded), ("new scores as those of stages 1 and 2", stored))),
-            ("prefer(a, b) + prefer(b, a) = 1", swapped <= limit, f"off by {swapped:.1e} at most"),
-            ("files belong together", lineage, "features, pairs")]
-
-
 # ---------------------------------------------------------------- the stage
 
 def standardised(t):
@@ -347,12 +303,12 @@ def main():
     args = parse_args()
     check_settings(args)
     if args.check:
-        found = self_check(args.run)
+        found = importlib.import_module("parts.self_check").self_check(args.run)
         print(*(f"{'✓' if holds else '✗'} {what:<42} {figure}" for what, holds, figure in found), sep="\n")
         sys.exit(0 if all(holds for _, holds, _ in found) else 1)
     path = Path(args.run) / "features.safetensors"
-    t, meta = stage1.load_stage(path, "02_select_features.py", "select")
-    stage1.check_finite(t, path)
+    t, meta = load_stage(path, "02_select_features.py", "select")
+    check_finite(t, path)
     split, total = t["split"], meta["k"]
     for number, name in ((TRAIN, "train"), (DEV, "dev")):
         if not (split == number).any():
@@ -360,12 +316,12 @@ def main():
     if args.k != "auto" and not (args.k.isdigit() and 1 <= int(args.k) <= total):
         raise UserError(f"--k must be auto or 1 to {total} · --k {args.k} · {total} latents a side were selected in stage 2")
     record = {**meta, "stage": "head", "asked": {"k": args.k, "seeds": args.seeds}, "settings": settings_of(args),
-              "parent": {"features": stage1.file_hash(path), **{n: meta["parent"][n] for n in ("pairs", "sae")}}}
+              "parent": {"features": file_hash(path), **{n: meta["parent"][n] for n in ("pairs", "sae")}}}
     out = Path(args.run) / "reward_head.safetensors"
     seconds = 0.0
-    if not stage1.up_to_date(out, {n: v for n, v in record.items() if n != "k"}):
+    if not up_to_date(out, {n: v for n, v in record.items() if n != "k"}):
         seconds = train(args, t, record, out)
-    report(args, seconds, *stage1.load_stage(out))
+    report(args, seconds, *load_stage(out))
 
 
 def train(args, t, record, out):
@@ -382,7 +338,7 @@ def train(args, t, record, out):
     temperature = fit_temperature((kept[0] - kept[1])[split == DEV])
     on_dev = [float(r[split == DEV].mean()) for r in right]
     found = {"train": float(right[best][split == TRAIN].mean()), "dev": on_dev[best], "dev_of_seeds": on_dev, "dev_loss": losses[best]}
-    stage1.save_stage(out, {**{n: t[n][columns] for n in ("latents", "directions", "mean", "std")}, **head,
+    save_stage(out, {**{n: t[n][columns] for n in ("latents", "directions", "mean", "std")}, **head,
                             "temperature": torch.tensor([temperature])},
                       {**record, "k": k, "seed_kept": best, "accuracy": found, "k_curve": {str(c): v for c, v in curve.items()}})
     return time.perf_counter() - started
@@ -403,4 +359,4 @@ def report(args, seconds, t, meta):
 
 
 if __name__ == "__main__":
-    stage1.run_main(main)
+    run_main(main)

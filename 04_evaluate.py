@@ -27,7 +27,6 @@ import importlib
 import json
 import math
 import re
-import shlex
 import time
 import zlib
 from collections import Counter
@@ -40,7 +39,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import report as page
+from parts import explain, report
+from parts.files import UserError, file_hash, load_stage, run_main, write_text
 from sae import SAEError, load_sae
 
 stage1, stage2, stage3 = (importlib.import_module(n) for n in ("01_extract", "02_select_features", "03_train_head"))
@@ -52,12 +52,6 @@ SIDES, RANDOM = ("chosen", "rejected"), ("random_directions", "random_latents")
 WORD_COLUMNS = 2**13     # at most
 FORMAT = 2               # of evaluation.json: one of an older format is made anew
 DRAWS = 2000
-SAYS = {"random_directions": "on this data, at this K, the SAE's choice of directions adds nothing measurable",
-        "random_latents": "which latents are taken makes no measurable difference on this data, at this K",
-        "activations": "projecting the hidden state is not measurably better than reading the SAE's activations",
-        "words": "not shown to tell more than the wording alone",
-        "length": "not shown to tell more than the length alone",
-        "shuffled_labels": "not shown to do better than with shuffled labels"}
 
 
 # ---------------------------------------------------------------- statistics
@@ -156,20 +150,20 @@ class Data(Pairs):
 
     def __init__(self, run, sae_path=None):
         self.run = run = Path(run)
-        self.features, self.meta = stage1.load_stage(run / "features.safetensors", "02_select_features.py", "select")
-        self.head, self.head_meta = stage1.load_stage(run / "reward_head.safetensors", "03_train_head.py", "head")
+        self.features, self.meta = load_stage(run / "features.safetensors", "02_select_features.py", "select")
+        self.head, self.head_meta = load_stage(run / "reward_head.safetensors", "03_train_head.py", "head")
         paths, _ = stage2.shard_files(run, self.meta["layer"])
-        if [stage1.file_hash(p) for p in paths] != self.meta["parent"]["activations"]:
-            raise stage1.UserError(f"the activations are not those that features.safetensors was made from · {run} · run 02 and 03 again")
-        if self.head_meta["parent"]["features"] != stage1.file_hash(run / "features.safetensors"):
-            raise stage1.UserError(f"reward_head.safetensors was made from another features.safetensors · {run} · run 03 again")
+        if [file_hash(p) for p in paths] != self.meta["parent"]["activations"]:
+            raise UserError(f"the activations are not those that features.safetensors was made from · {run} · run 02 and 03 again")
+        if self.head_meta["parent"]["features"] != file_hash(run / "features.safetensors"):
+            raise UserError(f"reward_head.safetensors was made from another features.safetensors · {run} · run 03 again")
         super().__init__(run, paths)
         if not (self.split == TEST).any():
-            raise stage1.UserError(f"no pair is in the test split · {run} · more pairs, or another --split in 01")
+            raise UserError(f"no pair is in the test split · {run} · more pairs, or another --split in 01")
         place = sae_path or self.meta["sae"]
         self.sae = load_sae(place, getattr(torch, self.meta["sae_dtype"]), k=self.meta["k_sae"])
-        if stage1.file_hash(self.sae.info["weights"]) != self.meta["parent"]["sae"]:
-            raise stage1.UserError(f"not the SAE that features.safetensors was made with · {place} · run 02 again, or pass --sae")
+        if file_hash(self.sae.info["weights"]) != self.meta["parent"]["sae"]:
+            raise UserError(f"not the SAE that features.safetensors was made with · {place} · run 02 again, or pass --sae")
 
 
 def fit_control(chosen, rejected, split, options, settings, seeds=(0,), scale=True):
@@ -205,14 +199,9 @@ def random_latents(frequency, count, seed):
     return alive[torch.randperm(len(alive), generator=torch.Generator().manual_seed(seed))[:count]]
 
 
-def latent_activations(sae, z, latents):
-    """f_j(z) of some latents, [n, len(latents)]."""
-    return torch.cat([sae.encode(part)[:, latents] for part in z.split(1024)])
-
-
 def activation_pairs(pairs, sae, latents):
     """SAE activations of both sides, [n, len(latents)] each."""
-    return [latent_activations(sae, z, latents) for z in pairs.z]
+    return [explain.latent_activations(sae, z, latents) for z in pairs.z]
 
 
 def score_pairs(pairs, directions):
@@ -344,54 +333,6 @@ def pairs_curve(data, seeds, sizes=(50, 100, 200, 500, 1000)):
 
 # ---------------------------------------------------------------- are the latents, and what is said of them, worth believing
 
-def bootstrap_weights(groups, draws, seed=0):
-    """How often each row comes in each draw of groups with replacement → [draws, n] float32."""
-    _, inverse = np.unique(groups, return_inverse=True)
-    rng, count = np.random.default_rng(seed), inverse.max() + 1
-    drawn = np.stack([np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(draws)])
-    return torch.from_numpy(drawn[:, inverse].astype(np.float32))
-
-
-def resampled_selection(data, draws=20):
-    """Select again on bootstrap resamples of the train prompts → {k, draws, mean, least, chance}.
-
-    mean, least: the share of the head's latents that are chosen again. chance: the same share where the two sides of every pair
-    are swapped at random before all selecting, so that nothing separates them: few living latents are chosen again by chance too.
-    """
-    rows, k = (data.split == TRAIN).nonzero().flatten(), len(data.head["latents"]) // 2
-    weights = bootstrap_weights(data.group[rows.numpy()], draws)
-    sign = torch.where(torch.rand(len(rows), generator=torch.Generator().manual_seed(0)) < 0.5, -1.0, 1.0)
-    found = {}
-    for name, signs in (("true", torch.ones_like(sign)), ("chance", sign)):
-        total = torch.zeros(1 + draws, data.sae.d_sae)                  # the first row: all pairs once
-        for at in torch.arange(len(rows)).split(max(1, 2**25 // data.sae.d_sae)):
-            fires = [(data.sae.encode(z[rows[at]]) > 0).float() for z in data.z]
-            total += torch.cat([torch.ones(1, len(at)), weights[:, at]]) @ ((fires[0] - fires[1]) * signs[at, None])
-        first, *again = (stage2.select_latents(row, torch.zeros_like(row), k).chunk(2) for row in total)
-        found[name] = [sum(len(np.intersect1d(a, b)) for a, b in zip(first, other)) / (2 * k) for other in again]
-    return {"k": k, "draws": draws, "mean": float(np.mean(found["true"])), "least": float(min(found["true"])),
-            "chance": float(np.mean(found["chance"]))}
-
-
-def separation_on_test(data):
-    """Interval of μ_c - μ_r of the head's latents on the *test* pairs → (low, high) [2K'] each.
-
-    On train it would be too narrow: the latents were chosen there for that difference.
-    """
-    test = data.split == TEST
-    fires = [latent_activations(data.sae, z[test], data.head["latents"]) > 0 for z in data.z]
-    drawn = bootstrap_weights(data.group[test.numpy()], DRAWS)
-    return np.quantile((drawn @ (fires[0].float() - fires[1].float()) / drawn.sum(1, keepdim=True)).numpy(), (0.025, 0.975), axis=0)
-
-
-def train_shares(data, model):
-    """What each direction adds to chosen minus rejected on train, on average; and its |weight| (MLP: the mean size of its
-    ablation) → [2K] torch, [2K] numpy."""
-    parts = [model.contributions(z[data.split == TRAIN]) for z in data.z]
-    weight = torch.cat(parts).abs().mean(0) if "w2" in model.head else model.head["w1"].abs()
-    return (parts[0] - parts[1]).mean(0), weight.numpy()
-
-
 def ablation_test(data, model, adds, weight, draws=20):
     """Do the latents that tell train pairs apart do so on test? Set their scores to the mean there, against random ones, of those
     that help on train too, of equal total |weight| → {number: {top, random: summary; fall: how much more accuracy the top ones cost;
@@ -420,43 +361,6 @@ def ablation_test(data, model, adds, weight, draws=20):
     return result
 
 
-def fold(data, model, dense):
-    """A linear head is one vector u of the residual stream: its cosine to the mean of chosen minus rejected on train, and to the
-    vector of the dense control's head."""
-    if "w2" in model.head:
-        return None
-    train, (u, _) = data.split == TRAIN, model.vector()
-    cosine = lambda other: float(F.cosine_similarity(u, other, 0))
-    return {"norm": float(u.norm()), "cosine_mean_difference": cosine((data.z[0][train] - data.z[1][train]).mean(0)),
-            "cosine_dense": cosine(dense["w1"] / dense["std"])}
-
-
-def most_wrong(data, difference, count=10):
-    """The test pairs ranked wrong with the greatest confidence."""
-    rows = (data.split == TEST).nonzero().flatten().tolist()
-    wrong = [n for n in np.argsort(difference, kind="stable")[:count] if difference[n] < 0]
-    return [{"id": data.pairs[rows[n]]["id"], "difference": float(difference[n]),
-             "confidence": float(1 / (1 + math.exp(difference[n] / float(data.head["temperature"])))),
-             "prompt": page.last_turn(data.pairs[rows[n]]["prompt"]),
-             **{side: data.pairs[rows[n]][side][:600] for side in ("chosen", "rejected")}} for n in wrong]
-
-
-def in_words(result, sae_warnings):
-    """What a reader should not overlook → list of sentences."""
-    found = [f"{name.replace('_', ' ')} ({row['mean']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]): {SAYS[name]}"
-             for name, row in result["differences"].items() if name in SAYS and row["low"] <= 0 <= row["high"]]
-    found += [f"{name.replace('_', ' ')} ({row['mean']:+.3f}): measurably better than SparseRM here"
-              for name, row in result["differences"].items() if row["high"] < 0]
-    accuracy = result["accuracy"]
-    if accuracy["sparserm"]["low"] <= 0.5:
-        found.insert(0, "the interval of SparseRM's own accuracy reaches down to one half: no better than a coin is not ruled out")
-    if accuracy["shuffled_labels"]["low"] > 0.5:
-        found.insert(0, "with shuffled labels the method is right more than half the time: test pairs leak into training, look for it")
-    if accuracy["words"]["high"] < 0.5:
-        found.append("words: below one half, so the lead over them looks larger than it is")
-    return found + [f"SAE: {w}" for w in sae_warnings]
-
-
 # ---------------------------------------------------------------- the stage
 
 def other_set(data, name, run):
@@ -464,13 +368,13 @@ def other_set(data, name, run):
     paths, meta = stage2.shard_files(run, data.meta["layer"])
     for key in ("model", "files", "template", "layer", "token", "max_length"):
         if meta[key] != data.meta[key]:
-            raise stage1.UserError(f"{key} {meta[key]} there, {data.meta[key]} here · --other {name}={run} · "
+            raise UserError(f"{key} {meta[key]} there, {data.meta[key]} here · --other {name}={run} · "
                                    f"extract it with the same {key}")
     other = Pairs(run, paths)
     seen = np.isin(other.group, data.group[(data.split != TEST).numpy()])         # questions that this head was trained on
     test = (other.split == TEST) & ~torch.from_numpy(seen)
     if not test.any():
-        raise stage1.UserError(f"no test pair that this head has not seen · --other {name}={run} · another data set")
+        raise UserError(f"no test pair that this head has not seen · --other {name}={run} · another data set")
     return other.part(test)
 
 
@@ -486,8 +390,8 @@ def evaluate(data, args):
     own, others = data.part(data.split == TEST), {name: other_set(data, name, run) for name, run in args.other}
     model, sets = stage3.RewardModel(data.head, asked, None), [own, *others.values()]
     backbone = stage3.RewardModel.load(data.run / "reward_head.safetensors", device=args.device).backbone if args.texts else None
-    adds, weight = train_shares(data, model)                # what is refused is refused by now, and costs no time
-    latents = timed("latents", page.latent_rows, data, adds, backbone, separation_on_test(data), args.texts)
+    adds, weight = explain.train_shares(data, model)                # what is refused is refused by now, and costs no time
+    latents = timed("latents", explain.latent_rows, data, adds, backbone, explain.separation_on_test(data), args.texts)
     fitted = timed("controls", controls, data, seeds, sets)
     reward = [[model.reward_of(z).numpy() for z in pairs.z] for pairs in sets]
     rows = [side_by_side({"sparserm": (c - r)[None], **{name: found[n] for name, (_, _, found) in fitted.items()}}, pairs.group)
@@ -510,11 +414,11 @@ def evaluate(data, args):
                      "sae": Path(meta["sae"]).name,         # names, not paths: a page is passed on
                      "k": asked["k"], "settings": asked["settings"],
                      "pairs": {name: int((data.split == s).sum()) for s, name in enumerate(stage1.SPLITS)}}
-    result["stability"], result["latents"] = timed("stability", resampled_selection, data), latents
+    result["stability"], result["latents"] = timed("stability", explain.resampled_selection, data), latents
     result["explanations"] = timed("explanations", ablation_test, data, model, adds, weight)
-    result["fold"] = fold(data, model, fitted["dense"][1])
-    result["wrong"] = most_wrong(data, difference)
-    result["warnings"] = in_words(result, meta["warnings"])
+    result["fold"] = explain.fold(data, model, fitted["dense"][1])
+    result["wrong"] = explain.most_wrong(data, difference)
+    result["warnings"] = report.in_words(result, meta["warnings"])
     return result, times
 
 
@@ -533,12 +437,12 @@ def parse_args():
     p.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = p.parse_args()
     if args.seeds < 1:
-        raise stage1.UserError(f"at least one draw is needed · --seeds {args.seeds} · pass a number from 1")
+        raise UserError(f"at least one draw is needed · --seeds {args.seeds} · pass a number from 1")
     if args.texts < 0:
-        raise stage1.UserError(f"--texts is a number from 0 · --texts {args.texts} · 0 needs no language model")
+        raise UserError(f"--texts is a number from 0 · --texts {args.texts} · 0 needs no language model")
     for text in args.other:
         if "=" not in text:
-            raise stage1.UserError(f"--other needs NAME=DIR · {text} · e.g. --other safe=runs/demo-safe")
+            raise UserError(f"--other needs NAME=DIR · {text} · e.g. --other safe=runs/demo-safe")
     args.other = [tuple(text.split("=", 1)) for text in args.other]
     return args
 
@@ -548,8 +452,8 @@ def main():
     args = parse_args()
     data = Data(args.run, args.sae)
     if args.explain:
-        asked = page.pair_to_explain(data, args.explain)            # before the language model is opened
-        return page.explain_pair(data, stage3.RewardModel.load(data.run / "reward_head.safetensors", device=args.device), *asked)
+        asked = explain.pair_to_explain(data, args.explain)            # before the language model is opened
+        return explain.explain_pair(data, stage3.RewardModel.load(data.run / "reward_head.safetensors", device=args.device), *asked)
     out, parent = Path(args.run) / "evaluation.json", parents(args, data)
     try:
         found = json.loads(out.read_text("utf-8"))
@@ -559,26 +463,16 @@ def main():
         result, times = evaluate(data, args)
         found = json.loads(json.dumps(result), parse_float=lambda x: float(f"{float(x):.9g}"))
         found["parent"] = sealed(parent, found)
-        stage1.write_text(Path(args.run) / "timings.json", json.dumps(times, indent=1) + "\n")
-        stage1.write_text(out, json.dumps(found, indent=1, sort_keys=True, ensure_ascii=False) + "\n")     # last: it says that all is done
-    report(args, found, page.write_page(found, args.run))
+        write_text(Path(args.run) / "timings.json", json.dumps(times, indent=1) + "\n")
+        write_text(out, json.dumps(found, indent=1, sort_keys=True, ensure_ascii=False) + "\n")     # last: it says that all is done
+    report.print_report(args.run, found, report.write_page(found, args.run))
 
 
 def parents(args, data):
     """What an evaluation depends on: the head (its lineage leads to all the rest), other runs, the settings."""
-    others = {name: [stage1.file_hash(p) for p in stage2.shard_files(run, data.meta["layer"])[0]] for name, run in args.other}
-    head = stage1.file_hash(Path(args.run) / "reward_head.safetensors")
+    others = {name: [file_hash(p) for p in stage2.shard_files(run, data.meta["layer"])[0]] for name, run in args.other}
+    head = file_hash(Path(args.run) / "reward_head.safetensors")
     return {"format": FORMAT, "head": head, "other": others, "sweeps": args.sweeps, "seeds": args.seeds, "texts": args.texts}
-
-
-def accuracy_lines(what, rows):
-    """{name: summary, of a control with `behind`} → lines: SparseRM, then the controls by accuracy."""
-    yield f"\n{what} on {rows['sparserm']['n']} test pairs of {rows['sparserm']['groups']} prompts".ljust(54) + "SparseRM minus it"
-    for name in sorted(rows, key=lambda n: ("behind" in rows[n], -rows[n]["accuracy"])):
-        row = rows[name]
-        yield (f"  {name:<18} {row['accuracy']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]"
-               + ("   {mean:+.3f}  [{low:+.3f}, {high:+.3f}]".format(**row["behind"]) if "behind" in row else "")
-               + (f"   ties {row['ties']:.1%}, as half {row['ties_half']:.3f}" if row["ties"] > 0.005 else ""))
 
 
 def sealed(parent, found):
@@ -586,35 +480,5 @@ def sealed(parent, found):
     return {**parent, "numbers": stage1.hash_number(json.dumps({n: v for n, v in found.items() if n != "parent"}, sort_keys=True))}
 
 
-def report(args, result, written):
-    """The table at the end, and in words what it says."""
-    a, d = result["accuracy"], result["differences"]
-    print(*accuracy_lines("accuracy", {n: row | ({"behind": d[n]} if n in d else {}) for n, row in a.items()}), sep="\n")
-    if "k" in result["curves"]:
-        curve = result["curves"]["k"]
-        ks = sorted(curve["sparserm"], key=int)
-        print("\n  K a side, ties half" + "".join(f"{k:>7}" for k in ks))
-        for name in ("sparserm", "random_directions", "random_latents", "activations", "dense"):
-            print(f"  {name:<18} " + "".join(f"{curve[name][k]['ties_half']:>7.3f}" for k in ks))
-        clear = [k for k in ks if curve["random_directions"][k]["behind"]["low"] > 0]
-        print(f"  clearly above random directions at K = {', '.join(clear)} (each K by itself)" if clear else
-              "  at no K clearly above random directions: on this data the SAE's choice adds nothing measurable")
-    for name, row in result["other"].items():
-        print(*accuracy_lines(f"{name}: the same heads", {"sparserm": row, **row["controls"]}), sep="\n")
-    c, n = result["calibration"], result["length"]
-    print(f"\ncalibration  T {c['temperature']:.2f} · NLL {c['nll']:.3f} · Brier {c['brier']:.3f} · ECE {c['ece']:.3f}"
-          f"\nlength       correlation with the reward {n['correlation']:+.2f}"
-          f"\nparameters   {result['cost']['trained_parameters']:,} trained (K = {a['sparserm']['choice']} a side), "
-          f"{result['cost']['share']:.1e} of the backbone"
-          f"\nselection    {result['stability']['mean']:.0%} of the latents are chosen again on resampled train prompts "
-          f"(by chance {result['stability']['chance']:.0%})"
-          f"\nwritten      {args.run}/evaluation.json, {', '.join(written)}")
-    for text in result["warnings"]:
-        print("note:", text)
-    print(f"\nnext: open {args.run}/report.html in a browser"
-          f"\n      python 04_evaluate.py --run {args.run} --explain {shlex.quote(result['wrong'][0]['id']) if result['wrong'] else 'ID'}"
-          f"\n      python 05_best_of_n.py sample --prompts data/prompts.jsonl --reward {args.run}/reward_head.safetensors")
-
-
 if __name__ == "__main__":
-    stage1.run_main(main, SAEError)
+    run_main(main, SAEError)

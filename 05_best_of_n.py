@@ -23,10 +23,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import report as page
+from parts import report
+from parts.chat import chat_string, control_tokens, render
+from parts.files import UserError, file_hash, named_in_errors, read_meta, run_main, write_rows, write_text
+from parts.rows import ACCEPTED, are_numbers, read_candidates, read_prompts, read_rows
 
 stage1, stage3 = (importlib.import_module(n) for n in ("01_extract", "03_train_head"))
-UserError = stage1.UserError
 
 
 # ---------------------------------------------------------------- sampling
@@ -34,16 +36,16 @@ UserError = stage1.UserError
 def prompt_ids(tokenizer, prompt):
     """A prompt (str or messages) with the generation prompt → token ids."""
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    pattern, _ = stage1.control_tokens(tokenizer)
+    pattern, _ = control_tokens(tokenizer)
     turns = [{**m, "content": pattern.sub(lambda found: found[0][0] + " " + found[0][1:], m["content"])} for m in turns]
-    return tokenizer(stage1.chat_string(tokenizer, turns, add_generation_prompt=True), add_special_tokens=False)["input_ids"]
+    return tokenizer(chat_string(tokenizer, turns, add_generation_prompt=True), add_special_tokens=False)["input_ids"]
 
 
 def stop_ids(backbone):
     """Tokens that end an answer: the configured ones, and the mark that the chat template closes a turn with."""
     configured = backbone.model.generation_config.eos_token_id
     ids = set(configured if isinstance(configured, list) else [configured]) | {backbone.tokenizer.eos_token_id}
-    text = stage1.render(backbone.tokenizer, "a", "b")
+    text = render(backbone.tokenizer, "a", "b")
     return {i for i in ids | {text.ids[text.eot]} if i is not None}
 
 
@@ -190,55 +192,6 @@ def top_of(rows):
 
 # ---------------------------------------------------------------- files
 
-def is_prompt(value):
-    """Is it a text, or messages with role and content?"""
-    return stage1.is_conversation(value) if isinstance(value, list) else isinstance(value, str) and bool(value.strip())
-
-
-def are_numbers(values, count):
-    """Is it a list of so many numbers?"""
-    return isinstance(values, list) and len(values) == count and all(isinstance(x, (int, float)) and math.isfinite(x) for x in values)
-
-
-def read_prompts(path):
-    """Prompts of a JSONL file, each once, in order."""
-    found = {}
-    for where, row in stage1.read_rows(path):
-        prompt = row.get("prompt") if isinstance(row, dict) else None
-        if not is_prompt(prompt):
-            raise UserError(f"no prompt in this row · {where} · rows need a prompt (text or messages)")
-        found.setdefault(json.dumps(prompt), prompt)
-    if not found:
-        raise UserError(f"no prompts · {path} · rows need a prompt (text or messages)")
-    return list(found.values())
-
-
-def read_candidates(path):
-    """Rows {prompt, candidates[, labels]} or {prompt, response[, id]} (grouped by prompt) → list of the former."""
-    rows, grouped = [], {}
-    for where, row in stage1.read_rows(path):
-        if not isinstance(row, dict) or not is_prompt(row.get("prompt")) or not {"candidates", "response"} & set(row):
-            raise UserError(f"not a row of candidates · {where} · needs prompt and candidates, or prompt and response")
-        if "response" in row:
-            new = {"prompt": row["prompt"], "candidates": [], "ids": []}
-            group = grouped.setdefault(json.dumps(row["prompt"]), new)
-            if group is new:
-                rows.append(new)
-            group["candidates"].append(row["response"])
-            group["ids"].append(row.get("id"))
-            row = group
-        else:
-            rows.append(dict(row))
-        texts, labels = row["candidates"], row.get("labels")
-        if not isinstance(texts, list) or not texts or not all(isinstance(c, str) for c in texts):
-            raise UserError(f"candidates must be a list of texts, at least one · {where} · mend this row")
-        if "labels" in row and not are_numbers(labels, len(texts)):
-            raise UserError(f"labels must be numbers, one for each of the {len(texts)} candidates · {where} · mend this row")
-    if not rows:
-        raise UserError(f"no candidates · {path} · rows need prompt and candidates, or prompt and response")
-    return rows
-
-
 def chat(role, text):
     """A conversation of one turn."""
     return [{"role": role, "content": text}]
@@ -249,7 +202,7 @@ def chat(role, text):
 def sample(args):
     """Sample n candidates a prompt and score them; goes on where an earlier, interrupted call stopped."""
     prompts = read_prompts(args.prompts)[:args.limit]
-    reward_meta, head = stage1.read_meta(args.reward, "03_train_head.py"), stage1.file_hash(args.reward)
+    reward_meta, head = read_meta(args.reward, "03_train_head.py"), file_hash(args.reward)
     backbone_name = args.model or reward_meta["model"]
     policy_name = args.policy or backbone_name
     settings = {n: getattr(args, n) for n in ("n", "temperature", "top_p", "max_new_tokens", "seed")}
@@ -270,7 +223,7 @@ def sample(args):
         reward = stage3.RewardModel.load(args.reward, model=policy if policy_name == backbone_name else args.model, device=args.device)
         counted, reasons = 0, collections.Counter()
         out.parent.mkdir(parents=True, exist_ok=True)
-        with stage1.named_in_errors(out), open(out.with_suffix(".jsonl.part"), "a", encoding="utf-8") as part, \
+        with named_in_errors(out), open(out.with_suffix(".jsonl.part"), "a", encoding="utf-8") as part, \
                 tqdm(unit="tok", desc="sample", disable=None) as bar:
             part.write("\n")            # after the line that a kill cut short
             for n, prompt in enumerate(prompts):
@@ -289,7 +242,7 @@ def sample(args):
         if counted:
             print(f"scored while sampling: {1 - reasons.total() / counted:.1%} of {counted} candidates; the ordinary way: "
                   + (", ".join(f"{n} ({why})" for why, n in reasons.most_common()) or "none"))
-    stage1.write_rows(out, rows)
+    write_rows(out, rows)
     out.with_suffix(".jsonl.part").unlink(missing_ok=True)
     finish(out, rows)
 
@@ -311,29 +264,16 @@ def rank(args):
     if len(whole) < len(rows):
         print(f"note: {len(rows) - len(whole)} prompts have a candidate that is too long to score: ranked last, not in the curve")
     out = Path(args.out or Path(args.candidates).with_suffix(".ranked.jsonl").name)
-    stage1.write_rows(out, rows)
+    write_rows(out, rows)
     finish(out, whole)
 
 
 def finish(out, rows):
     """Write, draw and print the best-of-n curve."""
     result = curve_of(rows)
-    stage1.write_text(out.with_suffix(".curve.json"), json.dumps(result, indent=1) + "\n")
-    drawn = page.picture(lambda axes: page.best_of_plot(axes, result["curve"]), out.with_suffix(".curve.png"))
-    labels = "label" in result["curve"][1]
-    print(f"\n{result['prompts']} prompts with up to {result['n']} candidates; expectation over all subsets of m"
-          + ("" if labels else " (without labels the curve rises by its making)")
-          + "\n  best of m   prompts     reward   KL at most" + ("    label   oracle" if labels else ""))
-    for m, row in result["curve"].items():
-        labelled = f"   {row['label']:.3f}    {row['oracle']:.3f}" if "label" in row else ""
-        print(f"  {m:>9}   {row['prompts']:>7}   {row['reward']:>8.3f}   {row['kl_bound']:>10.2f}{labelled}")
-    if labels:
-        print("\nmean label   top-ranked {:.3f} · random pick {:.3f}".format(*top_of(rows)))
-    best = max(rows, key=lambda r: max(r["scores"]) - min(r["scores"]))
-    print(f"\nwidest gap   {stage1.plain_text(best['prompt'])[:90]!r}"
-          f"\n  best  {max(best['scores']):+.2f}   {best['candidates'][best['scores'].index(max(best['scores']))][:90]!r}"
-          f"\n  worst {min(best['scores']):+.2f}   {best['candidates'][best['scores'].index(min(best['scores']))][:90]!r}"
-          f"\n\nwritten {out}, {out.with_suffix('.curve.json')}" + (f", {out.with_suffix('.curve.png')}" if drawn else ""))
+    write_text(out.with_suffix(".curve.json"), json.dumps(result, indent=1) + "\n")
+    drawn = report.picture(lambda axes: report.best_of_plot(axes, result["curve"]), out.with_suffix(".curve.png"))
+    report.print_curve(out, result, rows, top_of(rows) if "label" in result["curve"][1] else None, drawn)
 
 
 def pairs(args):
@@ -343,9 +283,9 @@ def pairs(args):
     kept, dropped = [], []
     reward = stage3.RewardModel.load(args.reward, model=args.model, device=args.device)
     rows = list(existing_pairs(args.filter, reward, args.label) if args.filter else
-                best_and_worst(read_candidates(args.candidates), reward, stage1.file_hash(args.reward)))
+                best_and_worst(read_candidates(args.candidates), reward, file_hash(args.reward)))
     if not rows:
-        raise UserError(f"no pairs · {args.filter} · rows need {stage1.ACCEPTED}")
+        raise UserError(f"no pairs · {args.filter} · rows need {ACCEPTED}")
     for row in rows:
         if args.plain and "reason" not in row and not isinstance(row["prompt"], str):
             row["reason"] = "the prompt is messages, --plain writes strings"
@@ -363,15 +303,15 @@ def pairs(args):
                     "chosen": chat("assistant", row["chosen"]), "rejected": chat("assistant", row["rejected"])}
         (dropped if "reason" in row else kept).append(row)
     out = Path(args.out or Path(args.filter or args.candidates).with_suffix(".pairs.jsonl").name)
-    stage1.write_rows(out, kept)
-    stage1.write_rows(out.with_suffix(".dropped.jsonl"), dropped)
+    write_rows(out, kept)
+    write_rows(out.with_suffix(".dropped.jsonl"), dropped)
     print(f"\n{len(kept)} pairs kept, {len(dropped)} dropped\nwritten {out}, {out.with_suffix('.dropped.jsonl')}"
           f"\n\nnext: datasets.load_dataset('json', data_files='{out}') → trl.DPOTrainer")
 
 
 def existing_pairs(path, reward, label=None):
     """Pairs of any accepted layout → rows {id, prompt, chosen, rejected}, with a reason where one cannot be used."""
-    for where, raw in stage1.read_rows(path):
+    for where, raw in read_rows(path):
         found, reasons = stage1.usable_pairs(reward.backbone.tokenizer, raw, label, reward.meta["max_length"])
         name = raw.get("id") if isinstance(raw, dict) else None
         name = where.rpartition(":")[2] if name is None else name
@@ -403,7 +343,10 @@ def parse_args():
     common.add_argument("--model", help="another copy of the reward's backbone")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     sub = p.add_subparsers(dest="command", required=True)
-    q = sub.add_parser("sample", parents=[common], help="sample n candidates a prompt, score them, keep the best")
+    command = lambda name, says, example: sub.add_parser(name, parents=[common], help=says, description=f"{says}\n\n    {example}",
+                                                         formatter_class=argparse.RawDescriptionHelpFormatter)
+    q = command("sample", "sample n candidates a prompt, score them, keep the best",
+                "python 05_best_of_n.py sample --prompts data/prompts.jsonl --reward runs/demo/reward_head.safetensors --n 8")
     q.add_argument("--prompts", required=True, help="JSONL with prompt")
     q.add_argument("--policy", help="model to sample from (default: the reward's backbone)")
     q.add_argument("--n", type=int, default=16, help="candidates a prompt (default 16)")
@@ -415,9 +358,9 @@ def parse_args():
                    help="read the reward off the sampling where the policy is the backbone (default), or score in a pass of its own")
     q.add_argument("--limit", type=int, help="only the first N prompts")
     q.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the policy (default auto)")
-    q = sub.add_parser("rank", parents=[common], help="score and order candidates of any engine")
+    q = command("rank", "score and order candidates of any engine", "python 05_best_of_n.py rank --candidates my-candidates.jsonl")
     q.add_argument("--candidates", required=True, help="JSONL: prompt, candidates[, labels], or prompt, response[, id]")
-    q = sub.add_parser("pairs", parents=[common], help="preference pairs for DPO")
+    q = command("pairs", "preference pairs for DPO", "python 05_best_of_n.py pairs --filter my-pairs.jsonl --min-margin 0.5")
     q.add_argument("--candidates", help="candidates: best against worst")
     q.add_argument("--filter", help="existing pairs: drop those that the reward ranks the other way")
     q.add_argument("--min-margin", type=float, default=0.0, help="least difference of the two scores (default 0)")
@@ -438,4 +381,4 @@ def main():
 
 
 if __name__ == "__main__":
-    stage1.run_main(main)
+    run_main(main)

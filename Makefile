@@ -5,7 +5,7 @@ RUN  := HF_HUB_OFFLINE=1 $(PY)
 SAE  := assets/sae-smollm2-135m-layer16.safetensors
 PYTHON ?= python3
 
-.PHONY: demo test lint faults bench bench-sae clean venv
+.PHONY: demo test lint faults bench bench-rm bench-sae clean venv
 
 venv: $(VENV)/ready
 
@@ -49,6 +49,10 @@ bench: $(BENCH)/ready
 
 bench-sae: $(BENCH)/ready
 	HF_HUB_OFFLINE=1 $(BENCH)/bin/python benchmarks/sae_parity.py --speed
+
+SETS ?= truthful=data/truthful.jsonl safe=data/safe.jsonl
+bench-rm: $(BENCH)/ready
+	HF_HUB_OFFLINE=1 $(BENCH)/bin/python benchmarks/reward_models.py $(SETS) $(MORE)
 
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .

@@ -9,7 +9,7 @@
     python sae.py train --model demo --layer 16 --texts FILE --width 4608 --k 64 --out my-sae.safetensors
 
 This file needs torch, numpy and safetensors only (huggingface_hub for hub:…) and can be copied alone; the commands are in
-assets/sae_tools.py and use the stages.
+parts/sae_tools.py and use the stages.
 """
 
 import importlib
@@ -166,8 +166,8 @@ def find_checkpoint(path, revision=None):
 
 def fetch(name, revision=None):
     """REPO[:SUBFOLDER or file] of the hub → local path; only the files of that subfolder are fetched."""
-    if Path(__file__).with_name("01_extract.py").exists():
-        importlib.import_module("01_extract").await_hub()
+    if Path(__file__).with_name("parts").exists():
+        importlib.import_module("parts.models").await_hub()
     from huggingface_hub import snapshot_download
     repo, _, inside = name.partition(":")
     beside = inside.rpartition("/")[0]              # a named file needs the configuration beside it
@@ -492,12 +492,6 @@ def check_shapes(sae, path):
         raise SAEError(f"tensor {missing[0]} is missing · {path} · the checkpoint is not complete")
 
 
-def main():
-    """The commands are in a file of their own."""
-    sys.path.append(str(Path(__file__).parent / "assets"))
-    importlib.import_module("sae_tools").main()
-
-
 if __name__ == "__main__":
     sys.modules["sae"] = sys.modules["__main__"]        # sae_tools.py and the stages import this very module
-    importlib.import_module("01_extract").run_main(main, SAEError)
+    importlib.import_module("parts.files").run_main(importlib.import_module("parts.sae_tools").main, SAEError)

@@ -35,6 +35,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+files, models, rows_of = (importlib.import_module(f"parts.{n}") for n in ("files", "models", "rows"))
 stage1, stage2, stage3, stage4 = (importlib.import_module(n) for n in
                                   ("01_extract", "02_select_features", "03_train_head", "04_evaluate"))
 log_likelihoods, interval = importlib.import_module("likelihood").log_likelihoods, importlib.import_module("does_it_hold").interval
@@ -50,7 +51,7 @@ def read_pairs(path):
     rows = []
     for n, (_, raw) in enumerate(stage1.read_rows(path)):
         rows += [{"id": f"{raw.get('id', n)}", "prompt": p, "chosen": c, "rejected": r, "question": stage1.question_of(p)}
-                 for p, c, r in stage1.pairs_of_row(raw)]
+                 for p, c, r in rows_of.pairs_of_row(raw)]
     test = [r for r in rows if stage1.split_of(r["prompt"]) == "test"]
     rest = [r for r in rows if stage1.split_of(r["prompt"]) != "test"]
     return sorted(rest, key=lambda r: stage1.hash_number(f"align {r['question']}")), test
@@ -89,7 +90,7 @@ def length_differences(pairs, rows):
 def kept_by(name, rows, dense, length, folder, args, seed):
     """A filter → the rows it keeps."""
     if name == "sparserm":                  # as a user would: a file in, a file out
-        stage1.write_rows(folder / f"noisy-{seed}.jsonl", rows)
+        files.write_rows(folder / f"noisy-{seed}.jsonl", rows)
         out = folder / f"kept-{seed}.jsonl"
         command = ["pairs", "--filter", folder / f"noisy-{seed}.jsonl", "--reward", folder / "reward/reward_head.safetensors", "--out", out]
         subprocess.run([sys.executable, ROOT / "05_best_of_n.py", *command], check=True, stdout=subprocess.DEVNULL)
@@ -115,7 +116,7 @@ def align(rows, lr, seed, folder, args):
     data = datasets.Dataset.from_list([{"prompt": chat("user", r["prompt"]), "chosen": chat("assistant", r["chosen"]),
                                         "rejected": chat("assistant", r["rejected"])} for r in rows])
     transformers.set_seed(seed)
-    name = stage1.locate_model(args.model)
+    name = models.locate_model(args.model)
     settings = trl.DPOConfig(output_dir=str(folder), per_device_train_batch_size=args.batch, num_train_epochs=1, learning_rate=lr,
                              beta=args.beta, warmup_steps=2, max_length=512, seed=seed, use_cpu=args.device == "cpu", bf16=args.bf16,
                              gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=10)
@@ -153,7 +154,7 @@ def once(path, make):
     """A JSON file, made if it is not there."""
     if not path.exists():
         found = make()
-        stage1.write_text(path, json.dumps(found, sort_keys=True) + "\n")
+        files.write_text(path, json.dumps(found, sort_keys=True) + "\n")
     return json.loads(path.read_text("utf-8"))
 
 
@@ -161,7 +162,7 @@ def train_reward(rows, folder, args):
     """Stages 1 to 3 on the reward model's clean pairs → RewardModel."""
     run = folder / "reward"
     if not (run / "reward_head.safetensors").exists():
-        stage1.write_rows(folder / "clean.jsonl", rows)
+        files.write_rows(folder / "clean.jsonl", rows)
         extract = ["--pairs", folder / "clean.jsonl", "--model", args.model, "--layer", args.layer, "--seed", 1, "--split", "0.85,0.15,0"]
         for script, more in (("01_extract.py", extract), ("02_select_features.py", ["--sae", args.sae]), ("03_train_head.py", [])):
             subprocess.run([sys.executable, ROOT / script, "--run", run, *map(str, more)], check=True, stdout=subprocess.DEVNULL)
@@ -275,7 +276,7 @@ def main():
         return print(table(json.loads(RESULTS.read_text("utf-8"))))
     found = experiment(args)
     if args.write:
-        stage1.write_text(RESULTS, json.dumps(found, indent=1, sort_keys=True) + "\n")
+        files.write_text(RESULTS, json.dumps(found, indent=1, sort_keys=True) + "\n")
     print(table(found))
 
 

@@ -19,6 +19,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+files = importlib.import_module("parts.files")
 stage1, stage3, stage5 = (importlib.import_module(n) for n in ("01_extract", "03_train_head", "05_best_of_n"))
 
 
@@ -73,7 +74,7 @@ def main():
               f"{found['difference_in_std'][name]:.1e} of the scores' std")
     print(f"  scored anew       {found['scored_anew']:.1%}: {dict(reasons) or 'none'}")
     if args.write:
-        stage1.write_text(ROOT / "benchmarks/results/best_of_n.json", json.dumps(found, indent=1, sort_keys=True) + "\n")
+        files.write_text(ROOT / "benchmarks/results/best_of_n.json", json.dumps(found, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

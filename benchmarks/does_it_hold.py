@@ -7,6 +7,7 @@ runs stages 1 to 4 (found complete, they are not run again) into runs/does-it-ho
 """
 
 import argparse
+import importlib
 import json
 import subprocess
 import sys
@@ -85,6 +86,7 @@ def main():
     p.add_argument("--out", default="runs/does-it-hold")
     p.add_argument("--write", action="store_true")
     p.add_argument("--tables", action="store_true")
+    p.add_argument("--picture", metavar="PNG", help="with --tables: draw the K curve of the first set, as in the README")
     args = p.parse_args()
     if not args.tables and not (args.sets and all("=" in s for s in args.sets)):
         p.error("name the sets: NAME=FILE …")
@@ -92,6 +94,12 @@ def main():
     if args.write:
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         RESULTS.write_text(json.dumps(found, indent=1, sort_keys=False) + "\n")
+    if args.picture:
+        name, first = next(iter(found.items()))
+        sys.path.insert(0, str(ROOT))
+        report = importlib.import_module("parts.report")
+        curve = {n: first["curves"]["k"][n] for n in ("sparserm", "random_directions", "activations", "dense")}
+        report.picture(lambda axes: report.curve_plot(axes, curve, f"K, directions a side ({name})"), args.picture)
     print(tables(found))
 
 

@@ -38,6 +38,7 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+files, models = (importlib.import_module(f"parts.{n}") for n in ("files", "models"))
 stage1 = importlib.import_module("01_extract")
 BATCH, CANDIDATES, MAX_LENGTH = 16, 16, 2048
 WANTED = {"hidden_states": 6, "hook": 3, "transformer_lens": 5, "limit": 0.6, "difference": 1e-4}
@@ -107,7 +108,7 @@ def transformer_lens(backbone, layer):
     """TransformerLens 3: a bridge over its own copy of the weights, with the eager attention that it asks for."""
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import AutoModelForCausalLM
-    folder, name = stage1.locate_model(backbone.meta["model"]), f"blocks.{layer}.hook_out"
+    folder, name = models.locate_model(backbone.meta["model"]), f"blocks.{layer}.hook_out"
     copy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     tokenizer = stage1.load_tokenizer(backbone.meta["model"])           # its own: the bridge changes the padding side
     bridge = TransformerBridge.boot_transformers(folder, hf_model=copy, tokenizer=tokenizer, device="cpu")
@@ -392,7 +393,7 @@ def main():
     wanted = ("torch", "transformers", "transformer-lens")
     results[part] = {**found, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability(),
                      "versions": {d.name: d.version for d in distributions() if d.name in wanted} | {"python": platform.python_version()}}
-    stage1.write_text(path, json.dumps(results, sort_keys=True, indent=1, ensure_ascii=False) + "\n")
+    files.write_text(path, json.dumps(results, sort_keys=True, indent=1, ensure_ascii=False) + "\n")
     print(f"\nwritten    {path.relative_to(ROOT)}")
 
 

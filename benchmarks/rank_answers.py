@@ -26,6 +26,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+files = importlib.import_module("parts.files")
 stage1, stage3, stage4 = (importlib.import_module(n) for n in ("01_extract", "03_train_head", "04_evaluate"))
 log_likelihoods, cell = importlib.import_module("likelihood").log_likelihoods, importlib.import_module("does_it_hold").interval
 
@@ -33,7 +34,7 @@ log_likelihoods, cell = importlib.import_module("likelihood").log_likelihoods, i
 def ranked(questions, args):
     """Scores of `05_best_of_n.py rank`, as a user would get them → list of lists."""
     with tempfile.TemporaryDirectory() as folder:
-        stage1.write_rows(f"{folder}/questions.jsonl", questions)
+        files.write_rows(f"{folder}/questions.jsonl", questions)
         command = ["rank", "--candidates", f"{folder}/questions.jsonl", "--reward", args.reward, "--out", f"{folder}/ranked.jsonl"]
         subprocess.run([sys.executable, ROOT / "05_best_of_n.py", *command], check=True, stdout=subprocess.DEVNULL)
         return [json.loads(line)["scores"] for line in open(f"{folder}/ranked.jsonl", encoding="utf-8")]
@@ -59,7 +60,7 @@ def main():
     p.add_argument("--reward", default="runs/demo/reward_head.safetensors")
     p.add_argument("--write", action="store_true", help="into benchmarks/results/rank_answers.json")
     args = p.parse_args()
-    seed = int(stage1.read_meta(args.reward, "03_train_head.py")["seed"])
+    seed = int(files.read_meta(args.reward, "03_train_head.py")["seed"])
     questions = [row for _, row in stage1.read_rows(args.questions) if stage1.split_of(row["prompt"], seed) == "test"]
     backbone = stage3.RewardModel.load(args.reward).backbone
     flat = [(q["prompt"], c) for q in questions for c in q["candidates"]]
@@ -78,7 +79,7 @@ def main():
               f"   SparseRM minus it {b['mean']:+.3f} [{b['low']:+.3f}, {b['high']:+.3f}]"))
     print(f"{len(questions)} questions of the test split, {len(flat)} candidates")
     if args.write:
-        stage1.write_text(ROOT / "benchmarks/results/rank_answers.json", json.dumps(found, indent=1, sort_keys=True) + "\n")
+        files.write_text(ROOT / "benchmarks/results/rank_answers.json", json.dumps(found, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+files = importlib.import_module("parts.files")
 stage1, sae_file = importlib.import_module("01_extract"), importlib.import_module("sae")
 SAE = ROOT / "assets" / "sae-smollm2-135m-layer16.safetensors"
 
@@ -72,7 +73,7 @@ def main():
         for stage, row in found[str(pairs)].items():
             print(f"{pairs:>9,} pairs   {stage:<20} {row['seconds']:>7.1f} s   {row['peak_gib']:.2f} GiB at most", flush=True)
     if args.write:
-        stage1.write_text(ROOT / "benchmarks/results/scale.json", json.dumps(found, indent=1, sort_keys=True) + "\n")
+        files.write_text(ROOT / "benchmarks/results/scale.json", json.dumps(found, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

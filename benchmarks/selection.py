@@ -17,6 +17,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+files = importlib.import_module("parts.files")
 stage1, stage2, stage3, stage4 = (importlib.import_module(n) for n in
                                   ("01_extract", "02_select_features", "03_train_head", "04_evaluate"))
 fold_splits = importlib.import_module("sweeps").fold_splits
@@ -91,7 +92,7 @@ def main():
             cell = lambda r: "{:.3f} {mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(r["ties_half"], **r["minus_frequency"])
             print(f"{name:<38}" + "".join(f"{cell(r):>30}" for r in row.values()), flush=True)
     if args.json:
-        stage1.write_text(args.json, json.dumps(found, indent=1, sort_keys=True) + "\n")
+        files.write_text(args.json, json.dumps(found, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+files = importlib.import_module("parts.files")
 stage1, stage2, stage3, stage4 = (importlib.import_module(n) for n in
                                   ("01_extract", "02_select_features", "03_train_head", "04_evaluate"))
 FOLDS = 5
@@ -27,7 +28,7 @@ FOLDS = 5
 
 def heads(args):
     """Loss × head on the features of a run → {loss and head: summary, difference to linear bt, K}."""
-    t, meta = stage1.load_stage(Path(args.run) / "features.safetensors", "02_select_features.py")
+    t, meta = files.load_stage(Path(args.run) / "features.safetensors", "02_select_features.py")
     chosen, rejected = stage3.standardised(t)
     split, groups = t["split"], t["group"][t["split"] == stage4.TEST].numpy()
     settings, found = {"lr": 0.01, "weight_decay": 0.1, "epochs": 200, "patience": 20}, {}
@@ -90,7 +91,7 @@ def main():
     args = p.parse_args()
     found = {"heads": heads, "layers": layers}[args.command](args)
     if args.json:
-        stage1.write_text(args.json, json.dumps(found, indent=1, sort_keys=True) + "\n")
+        files.write_text(args.json, json.dumps(found, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from safetensors import safe_open
 from tiny import argv, assert_one_line_error, command, make_pairs, make_tokenizer, save_rows, succeed
 from transformers import AutoTokenizer
 
+from parts.rows import pairs_of_row
+
 stage1 = importlib.import_module("01_extract")
 FAMILIES = list(tiny.FAMILIES)
 BOS, START, END = (tiny.SPECIAL.index(t) for t in ("<s>", "<|im_start|>", "<|im_end|>"))
@@ -247,7 +249,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gives_prompt_chosen_and_rejected(layout):
     row, expected = LAYOUTS[layout]
-    assert stage1.pairs_of_row(row, layout.split()[1] if row is PKU else None) == expected
+    assert pairs_of_row(row, layout.split()[1] if row is PKU else None) == expected
 
 
 def test_two_labels_without_a_choice_are_refused(tmp_path, folder_of):
@@ -292,7 +294,7 @@ def test_a_local_folder_is_read_through_datasets(form, tmp_path, monkeypatch):
     (tmp_path / "set").mkdir()
     getattr(datasets.Dataset.from_list([row] * 2), f"to_{form}")(tmp_path / "set" / f"test.{form}")
     found = list(stage1.read_rows(f"hub:{tmp_path / 'set'}:test"))
-    assert len(found) == 2 and stage1.pairs_of_row(found[1][1]) == LAYOUTS["TRL explicit messages"][1]
+    assert len(found) == 2 and pairs_of_row(found[1][1]) == LAYOUTS["TRL explicit messages"][1]
 
 
 @given(WORDS, st.integers(0, 9), st.sampled_from([str.upper, str.lower, str.title, lambda t: f"  {t}\n", lambda t: t.replace(" ", " \t ")]))

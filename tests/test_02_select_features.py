@@ -13,6 +13,7 @@ from safetensors import safe_open
 from tiny import assert_one_line_error, command, succeed
 
 import sae as sae_module
+from parts.files import write_text
 
 stage1 = importlib.import_module("01_extract")
 stage2 = importlib.import_module("02_select_features")
@@ -28,7 +29,7 @@ def draw(*shape, seed):
 def save_activations(run, chosen, rejected, split=SPLIT, layer=1, shard=18, **meta):
     """A run as stage 1 leaves it, with these vectors, in shards of `shard` pairs → the run."""
     n, count = len(split), -(-len(split) // shard)
-    stage1.write_text(run / "pairs.jsonl", "".join(json.dumps({"id": str(i)}) + "\n" for i in range(n)))
+    write_text(run / "pairs.jsonl", "".join(json.dumps({"id": str(i)}) + "\n" for i in range(n)))
     number = torch.arange(n)
     columns = {"chosen": chosen, "rejected": rejected, "pair": number, "group": number * 7 + 1, "split": split,
                "chosen_tokens": number.int() + 2, "rejected_tokens": number.int() + 3}
@@ -45,7 +46,7 @@ def save_sae(path, seed=0, encoder=None, decoder=None, **info):
     w_dec = draw(D_SAE, WIDTH, seed=seed + 1) if decoder is None else decoder
     b_enc, b_dec = draw(D_SAE, seed=seed + 2) - 1, draw(WIDTH, seed=seed + 3) / 2
     sae = sae_module.SAE(w_enc, b_enc, w_dec, b_dec, b_dec, "relu", info={"layer": 1, "model": "m", **info})
-    importlib.import_module("sae_tools").save_sae(sae, path)
+    importlib.import_module("parts.sae_tools").save_sae(sae, path)
     return path
 
 

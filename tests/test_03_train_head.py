@@ -14,6 +14,9 @@ import torch
 from safetensors import safe_open
 from tiny import assert_one_line_error, command, succeed
 
+from parts.files import read_meta
+from parts.self_check import self_check
+
 stage1 = importlib.import_module("01_extract")
 stage3 = importlib.import_module("03_train_head")
 TRAIN, DEV, TEST = range(3)
@@ -248,7 +251,7 @@ def test_the_file_holds_what_scoring_needs_and_one_metadata_key_of_sorted_json(r
 
 def test_the_same_inputs_give_the_same_bytes_in_another_process(run, tmp_path):
     shutil.copytree(run, tmp_path / "other/run")
-    sae = stage1.read_meta(run / "features.safetensors")["sae"]
+    sae = read_meta(run / "features.safetensors")["sae"]
     train(run, "--head", "mlp", "--hidden", 8)
     commands = ("import tiny; "
                 f"tiny.succeed('02_select_features', '--run', 'run', '--sae', {sae!r}, '--k', 8); "
@@ -279,10 +282,11 @@ def second_bos(real):
         text.first, text.last, text.eot)))
 
 
-BROKEN = {"no second BOS": (stage1, "render", second_bos), "backwards as forwards": (stage3.RewardModel, "score", in_order),
+CHECK = importlib.import_module("parts.self_check")
+BROKEN = {"no second BOS": (CHECK, "render", second_bos), "backwards as forwards": (stage3.RewardModel, "score", in_order),
           "padded as packed": (stage1, "hidden_rows", lambda real: lambda backbone, ids, layers: real(
               backbone, [i[:-3] + i[-1:] * 3 for i in ids] if backbone.pack == "pad" else ids, layers)),
-          "an end-of-turn token": (stage1, "control_tokens", lambda real: lambda tokenizer: (real(tokenizer)[0], set())),
+          "an end-of-turn token": (CHECK, "control_tokens", lambda real: lambda tokenizer: (real(tokenizer)[0], set())),
           "read again from disk": (stage3.RewardModel, "load", lambda real: lambda path, model=None: (
               found := real(path, model)) and (model and found.head["w1"].mul_(1.5), found)[1]),
           "prefer(a, b)": (stage3.RewardModel, "prefer", lambda real: lambda *args: 0.1 + real(*args))}
@@ -293,10 +297,10 @@ def test_what_is_broken_is_a_cross_in_the_self_check(what, run, monkeypatch):
     train(run)
     place, name, breaks = BROKEN[what]
     monkeypatch.setattr(place, name, breaks(getattr(place, name)))
-    found = stage3.self_check(run)
+    found = self_check(run)
     assert [holds for label, holds, _ in found if label.startswith(what)] == [False], found
     monkeypatch.undo()
-    assert len(found) == 9 and all(holds for _, holds, _ in stage3.self_check(run))
+    assert len(found) == 9 and all(holds for _, holds, _ in self_check(run))
 
 
 # ---------------------------------------------------------------- the reward model

@@ -18,6 +18,9 @@ import tiny
 import torch
 from tiny import assert_one_line_error, command, succeed
 
+from parts import explain, report
+from parts.files import read_meta, write_rows
+
 stage1, stage3, stage4 = (importlib.import_module(n) for n in ("01_extract", "03_train_head", "04_evaluate"))
 TRAIN, DEV, TEST = range(3)
 CONTROLS = {"dense", "random_directions", "random_latents", "activations", "words", "length", "shuffled_labels"}
@@ -157,7 +160,7 @@ def test_random_latents_fire_random_directions_have_norm_1_and_activations_are_t
     torch.testing.assert_close(stage4.gaussian_directions(6, 32, 1).norm(dim=1), torch.ones(6))
     data = stage4.Data(finished)
     by_hand = torch.tensor([[max(0.0, float(z @ data.sae.W_dec[j])) for j in (5, 0, 63)] for z in data.z[0]])   # it has no biases
-    torch.testing.assert_close(stage4.latent_activations(data.sae, data.z[0], [5, 0, 63]), by_hand, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(explain.latent_activations(data.sae, data.z[0], [5, 0, 63]), by_hand, rtol=1e-4, atol=1e-4)
 
 
 def test_shuffled_labels_swap_both_sides_of_half_of_train_and_dev_and_leave_test_alone():
@@ -173,7 +176,7 @@ def test_shuffled_labels_swap_both_sides_of_half_of_train_and_dev_and_leave_test
 
 def test_bootstrap_weights_count_how_often_a_plain_loop_drew_the_group_of_a_row():
     groups = np.array([70, 5, 70, 9, 5, 70, 33])
-    weights, rng = stage4.bootstrap_weights(groups, 40, seed=3), np.random.default_rng(3)
+    weights, rng = explain.bootstrap_weights(groups, 40, seed=3), np.random.default_rng(3)
     for row in weights.tolist():
         drawn = [(5, 9, 33, 70)[i] for i in rng.integers(4, size=4)]
         assert row == [drawn.count(g) for g in groups]
@@ -188,7 +191,7 @@ def fake_data(z, split, **fields):
     return argparse.Namespace(z=[chosen, rejected], split=torch.as_tensor(split), group=np.arange(len(chosen)), sae=sae, **fields)
 
 
-def test_latents_that_always_tell_are_selected_on_every_resample_and_the_intervals_are_those_of_resampled_rows(monkeypatch):
+def test_latents_that_always_tell_are_selected_on_every_resample_and_the_intervals_are_those_of_resampled_rows():
     rng = np.random.default_rng(0)
     z = rng.choice([-1.0, 1.0], (2, 60, 40))
     for side, always, never in ((0, [3, 7], [11, 20]), (1, [11, 20], [3, 7])):
@@ -197,15 +200,14 @@ def test_latents_that_always_tell_are_selected_on_every_resample_and_the_interva
     z[1, 50:] *= -1                                             # those are no train pairs
     data = fake_data(z, [TRAIN] * 50 + [DEV, TEST] * 5, head={"latents": torch.tensor([3, 7, 11, 20])})
     data.group = np.repeat(np.arange(20), 3)
-    monkeypatch.setattr(stage4, "DRAWS", 300)
-    found = stage4.resampled_selection(data, draws=5)
+    found = explain.resampled_selection(data, draws=5)
     assert found == {"k": 2, "draws": 5, "mean": 1, "least": 1, "chance": found["chance"]} and found["chance"] < 0.8
     data.split = torch.tensor([TEST] * 50 + [DEV, TRAIN] * 5)   # the intervals are those of test
-    low, high = stage4.separation_on_test(data)
+    low, high = explain.separation_on_test(data, draws=300)
     assert (low[0], high[0], low[2], high[2]) == (1, 1, -1, -1) and 0 < low[1] < 35 / 50 < high[1] <= 1
     for n, j in enumerate((3, 7, 11, 20)):
         means = []
-        for weights in stage4.bootstrap_weights(data.group[:50], 300).tolist():
+        for weights in explain.bootstrap_weights(data.group[:50], 300).tolist():
             rows = [i for i, w in enumerate(weights) for _ in range(int(w))]
             means.append(statistics.mean([float(z[0, i, j] > 0) - float(z[1, i, j] > 0) for i in rows]))
         first, *_, last = statistics.quantiles(means, n=40, method="inclusive")
@@ -216,9 +218,9 @@ def test_the_interval_of_a_frequency_difference_is_close_to_the_one_of_the_norma
     z = np.random.default_rng(1).normal(size=(2, 400, 60))      # d_sae 60: any four are as good
     data = fake_data(z, [TRAIN] * 400)
     data.head = {"latents": torch.tensor([0, 1, 2, 3])}
-    found = stage4.resampled_selection(data)
+    found = explain.resampled_selection(data)
     data.split = torch.full((400,), TEST)
-    low, high = stage4.separation_on_test(data)
+    low, high = explain.separation_on_test(data)
     data.split = torch.full((400,), TRAIN)
     for n in range(4):
         d = (z[0, :, n] > 0).astype(float) - (z[1, :, n] > 0)
@@ -227,7 +229,7 @@ def test_the_interval_of_a_frequency_difference_is_close_to_the_one_of_the_norma
     assert found["mean"] < 0.4
     frequency = [torch.tensor((side > 0).mean(0)) for side in z]
     data.head = {"latents": stage4.stage2.select_latents(*frequency, 2)}                   # chosen on these very pairs
-    again = stage4.resampled_selection(data)
+    again = explain.resampled_selection(data)
     assert 0 < again["mean"] < 1 and again["least"] < again["mean"]
     assert again["chance"] == pytest.approx(again["mean"], abs=0.25)                       # noise is no better than noise
 
@@ -251,7 +253,7 @@ def test_without_the_direction_that_carries_everything_accuracy_falls_to_chance_
     data, weights = fake_data(z, [TRAIN, TEST] * 80), [1.0] * 16
     weights[5] = 40.0                                           # more than all others together
     model = planted_model(weights, kind)
-    found = stage4.ablation_test(data, model, *stage4.train_shares(data, model), draws=6)
+    found = stage4.ablation_test(data, model, *explain.train_shares(data, model), draws=6)
     helps = int(((z[0, ::2] - z[1, ::2]).mean(0) > 0).sum())     # on train
     assert set(found) == {str(m) for m in (1, helps // 8, helps // 4) if m} and found["1"]["reached"] == pytest.approx((helps - 1) / 40)
     top, chance, fall = (found["1"][n] for n in ("top", "random", "fall"))
@@ -268,7 +270,7 @@ def test_random_directions_are_taken_until_their_total_weight_reaches_that_of_th
     z = rng.normal(size=(2, 60, 24))
     data, model = fake_data(z, [TRAIN] * 40 + [TEST] * 20), planted_model(weights)
     monkeypatch.setattr(stage3, "apply_head", lambda head, x: removed.append((x == 0).all(0).nonzero().flatten().tolist()) or real(head, x))
-    found = stage4.ablation_test(data, model, *stage4.train_shares(data, model), draws=5)
+    found = stage4.ablation_test(data, model, *explain.train_shares(data, model), draws=5)
     adds = (z[0, :40] - z[1, :40]).mean(0) * weights
     order = [j for j in np.argsort(-adds).tolist() if adds[j] > 0]           # only those that help are drawn
     sizes = sorted({m for m in (1, len(order) // 8, len(order) // 4) if m})
@@ -290,9 +292,9 @@ def test_a_linear_head_as_one_vector_has_the_cosines_worked_by_hand_and_an_mlp_h
     # standardised, columns 0 and 1 are the same, so that the dense head gives them one weight: along (1/3, 1/4, 0), so (4, 3, 0)
     for w, std, norm, to_mean, to_dense in (([2.0, 0, 0], [1, 1, 1.0], 2, 3 / 5, 4 / 5), ([9.0, 24, 0], [3, 6, 1.0], 5, 1, 24 / 25),
                                             ([0, 0, 1.0], [1, 1, 4.0], 1 / 4, 0, 0), ([-4.0, -3, 0], [1, 1, 1.0], 5, -24 / 25, -1)):
-        found = stage4.fold(data, planted_model(w, std=torch.tensor(std)), dense)
+        found = explain.fold(data, planted_model(w, std=torch.tensor(std)), dense)
         assert found == pytest.approx({"norm": norm, "cosine_mean_difference": to_mean, "cosine_dense": to_dense}, abs=1e-4)
-    assert stage4.fold(data, planted_model([1.0, 2, 3], "mlp"), dense) is None
+    assert explain.fold(data, planted_model([1.0, 2, 3], "mlp"), dense) is None
 
 
 def test_the_most_wrong_pairs_are_those_of_test_with_the_lowest_difference_and_a_tie_is_not_wrong():
@@ -300,26 +302,26 @@ def test_the_most_wrong_pairs_are_those_of_test_with_the_lowest_difference_and_a
     pairs = [{"id": f"p{n}", "prompt": f"q{n}", "chosen": "c" * 700, "rejected": f"r{n}"} for n in range(7)]
     pairs[4]["prompt"] = [{"role": "user", "content": "first"}, {"role": "user", "content": "last"}]
     data = argparse.Namespace(split=torch.tensor(split), pairs=pairs, head={"temperature": torch.tensor([2.0])})
-    found = stage4.most_wrong(data, np.array([-1.0, 2.0, -3.0, 0.0, -1.0]))                 # of p1, p2, p4, p5, p6
+    found = explain.most_wrong(data, np.array([-1.0, 2.0, -3.0, 0.0, -1.0]))                 # of p1, p2, p4, p5, p6
     assert [(row["id"], row["difference"], row["prompt"]) for row in found] == [("p4", -3, "last"), ("p1", -1, "q1"), ("p6", -1, "q6")]
     assert [row["confidence"] for row in found] == pytest.approx([0.817574, 0.622459, 0.622459], abs=1e-6)      # σ(3/2), σ(1/2)
     assert (found[0]["chosen"], found[0]["rejected"]) == ("c" * 600, "r4")
-    assert [row["id"] for row in stage4.most_wrong(data, np.array([-1.0, 2.0, -3.0, 0.0, -1.0]), 1)] == ["p4"]
-    assert stage4.most_wrong(data, np.ones(5)) == []
+    assert [row["id"] for row in explain.most_wrong(data, np.array([-1.0, 2.0, -3.0, 0.0, -1.0]), 1)] == ["p4"]
+    assert explain.most_wrong(data, np.ones(5)) == []
 
 
 def test_a_control_is_spoken_of_unless_the_interval_of_the_difference_is_clear_of_0():
     clear, touching, below = ({"mean": 0.1, "low": low, "high": high} for low, high in ((0.001, 0.2), (0.0, 0.2), (-0.3, -0.01)))
     fine = {"sparserm": {"low": 0.6}, "shuffled_labels": {"low": 0.4}, "words": {"high": 0.6}}
-    said = lambda accuracy=fine, **changed: stage4.in_words(
+    said = lambda accuracy=fine, **changed: report.in_words(
         {"differences": dict.fromkeys(CONTROLS, clear) | changed, "accuracy": accuracy}, [])
     assert said() == [] and said(dense={"mean": -0.1, "low": -0.3, "high": 0.0}) == []
     for name in CONTROLS - {"dense"}:
         sentence, = said(**{name: touching})
-        assert sentence.startswith(f"{name.replace('_', ' ')} (+0.100 [+0.000, ") and stage4.SAYS[name] in sentence
+        assert sentence.startswith(f"{name.replace('_', ' ')} (+0.100 [+0.000, ") and report.SAYS[name] in sentence
         assert said(**{name: below}) == [f"{name.replace('_', ' ')} (+0.100): measurably better than SparseRM here"]
     assert "measurably better" in said(dense=below)[0] and len(said(words=touching, dense=below, length=below)) == 3
-    assert stage4.in_words({"differences": dict.fromkeys(CONTROLS, clear), "accuracy": fine}, ["odd"]) == ["SAE: odd"]
+    assert report.in_words({"differences": dict.fromkeys(CONTROLS, clear), "accuracy": fine}, ["odd"]) == ["SAE: odd"]
     assert "coin" in said(fine | {"sparserm": {"low": 0.5}})[0] and "leak" in said(fine | {"shuffled_labels": {"low": 0.51}})[0]
     assert "below one half" in said(fine | {"words": {"high": 0.49}})[0]
 
@@ -340,7 +342,7 @@ def evaluate(run, *args):
 
 def extract(run, out, pairs, *args):
     """Stage 1 with the model of `run`."""
-    succeed("01_extract", "--model", stage1.read_meta(run / "features.safetensors")["model"], "--pairs", pairs, "--run", out, *args)
+    succeed("01_extract", "--model", read_meta(run / "features.safetensors")["model"], "--pairs", pairs, "--run", out, *args)
 
 
 def change_run(run, change):
@@ -349,7 +351,7 @@ def change_run(run, change):
     t, meta = stage1.load_stage(shard)
     rows = [json.loads(line) for line in open(run / "pairs.jsonl", encoding="utf-8")]
     change(t, rows)
-    stage1.write_rows(run / "pairs.jsonl", rows)
+    write_rows(run / "pairs.jsonl", rows)
     stage1.save_stage(shard, t, meta | {"parent": {"pairs": stage1.file_hash(run / "pairs.jsonl")}})
     for name, parent in (("features", {"activations": [stage1.file_hash(shard)]}), ("reward_head", None)):
         t, meta = stage1.load_stage(run / f"{name}.safetensors")
@@ -502,7 +504,7 @@ def refused(run, *words, args=()):
 
 
 def test_a_head_made_from_other_features_or_none_is_refused_and_the_stage_to_run_named(run):
-    succeed("02_select_features", "--run", run, "--sae", stage1.read_meta(run / "features.safetensors")["sae"], "--k", 4)
+    succeed("02_select_features", "--run", run, "--sae", read_meta(run / "features.safetensors")["sae"], "--k", 4)
     refused(run, "another features.safetensors", "03")
     (run / "reward_head.safetensors").unlink()
     refused(run, "reward_head.safetensors", "03_train_head.py")

@@ -14,6 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import assert_one_line_error, command, save_rows
 
+from parts import report
+
 stage1, stage3, stage5 = (importlib.import_module(n) for n in ("01_extract", "03_train_head", "05_best_of_n"))
 PROMPTS = ["Is water wet?", "Which colour has the sky on a clear day?", [{"role": "user", "content": "One two three?"}]]
 
@@ -246,7 +248,7 @@ def test_the_picture_shows_the_numbers_of_the_curve(labelled):
     figure = pytest.importorskip("matplotlib.figure").Figure()
     rows = [{"scores": [0.5, -1, 2, 0], "labels": [1, 0, 0, 1]} if labelled else {"scores": [0.5, -1, 2, 0]}]
     curve, axes = stage5.curve_of(rows)["curve"], figure.subplots()
-    stage5.page.best_of_plot(axes, curve)
+    report.best_of_plot(axes, curve)
     drawn = [list(line.get_ydata()) for line in axes.get_lines()]
     names = ("label", "oracle") if labelled else ("reward",)
     assert drawn[:len(names)] == [[row[name] for row in curve.values()] for name in names]

@@ -142,7 +142,7 @@ def done(finished, tmp_path_factory):
     train = ["03_train_head", "--run", run, "--seeds", 2, "--epochs", 60]
     patch = pytest.MonkeyPatch()                    # time is not what is tested here
     patch.setattr(importlib.import_module("04_evaluate").bootstrap, "__defaults__", (20, 0))
-    patch.setattr(importlib.import_module("report"), "picture", lambda *_: None)
+    patch.setattr(importlib.import_module("parts.report"), "picture", lambda *_: None)
     for line in (sample, evaluate):
         assert call(*line)[0] == 0
     rank = ["05_best_of_n", "rank", "--reward", run / "reward_head.safetensors", "--candidates", run / "candidates.jsonl",

@@ -17,6 +17,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny import assert_one_line_error, command, save_rows, succeed
 
+from parts import files
+from parts.files import read_meta, write_text
+
 stage1, stage2, stage3, stage4 = (importlib.import_module(n) for n in ("01_extract", "02_select_features", "03_train_head", "04_evaluate"))
 
 
@@ -78,7 +81,7 @@ def test_many_answers_to_one_question_fall_in_one_split_and_are_refused(tmp_path
 
 def test_more_latents_asked_for_than_separate_keeps_those_that_do_and_says_so(tmp_path):
     code, _, err = stages(tmp_path, tiny.make_pairs(60), k=5000)
-    meta = stage1.read_meta(tmp_path / "run/features.safetensors")
+    meta = read_meta(tmp_path / "run/features.safetensors")
     assert code == 0 and 0 < meta["k"] < 64 and meta["k_asked"] == 5000, err
     sae = tmp_path / "sae.safetensors"
     assert "only so many separate; 5000 asked" in succeed("02_select_features", "--run", tmp_path / "run", "--sae", sae, "--k", 5000)
@@ -87,7 +90,7 @@ def test_more_latents_asked_for_than_separate_keeps_those_that_do_and_says_so(tm
 def test_a_direction_whose_score_never_changes_keeps_std_1_and_adds_nothing(finished, tmp_path):
     run = shutil.copytree(finished, tmp_path / "run")
     shard = next((run / "activations").iterdir())
-    tensors, meta = load_file(shard), stage1.read_meta(shard)
+    tensors, meta = load_file(shard), read_meta(shard)
     sae = importlib.import_module("sae").load_sae(finished.parent / "sae.safetensors")
     direction = sae.W_dec[int(load_file(run / "features.safetensors")["latents"][0])]
     for side in ("chosen", "rejected"):             # every z has the same part along it
@@ -171,7 +174,7 @@ def test_another_process_gives_the_same_scores(reward):
     code = ("import importlib, json; import test_odd_data as t; "
             f"model = t.stage3.RewardModel.load({str(reward.run / 'reward_head.safetensors')!r}); "
             "print(json.dumps(model.score(*zip(*t.TEXTS[:12]))))")
-    path = os.pathsep.join(map(str, (tiny.ROOT, tiny.ROOT / "tests", tiny.ROOT / "assets")))
+    path = os.pathsep.join(map(str, (tiny.ROOT, tiny.ROOT / "tests")))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                           env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "3"})
     here = reward.score(*zip(*TEXTS[:12]))
@@ -195,7 +198,7 @@ def test_no_file_is_hashed_twice_in_one_command(finished, tmp_path, monkeypatch)
                            ("03_train_head", "--run", other, "--check"),
                            ("04_evaluate", "--run", other, "--seeds", 1, "--sweeps", "none", "--other", f"x={tmp_path / 'third'}"),
                            ("05_best_of_n", "sample", "--reward", head, "--prompts", rows, "--n", 2, "--max-new-tokens", 3)):
-        stage1.hash_once.cache_clear()              # a command is a process of its own
+        files.hash_once.cache_clear()              # a command is a process of its own
         seen.clear()
         assert command(script, *words)[0] in (0, 1)
         assert seen and len(seen) == len(set(seen)), (script, seen)
@@ -204,7 +207,7 @@ def test_no_file_is_hashed_twice_in_one_command(finished, tmp_path, monkeypatch)
 def test_a_changed_file_is_hashed_anew(tmp_path):
     hashes = set()
     for text in ("a", "b", "cc"):
-        stage1.write_text(tmp_path / "x", text)
+        write_text(tmp_path / "x", text)
         hashes.add(stage1.file_hash(tmp_path / "x"))
     assert len(hashes) == 3
 
@@ -227,7 +230,7 @@ def test_no_path_in_a_data_row_is_opened(tmp_path, folder_of, finished, monkeypa
 
 
 def test_no_script_unpickles_runs_remote_code_or_evaluates_text():
-    sources = {p: p.read_text("utf-8") for p in [*tiny.ROOT.glob("*.py"), *(tiny.ROOT / "assets").glob("*.py")]}
+    sources = {p: p.read_text("utf-8") for p in [*tiny.ROOT.glob("*.py"), *(tiny.ROOT / "parts").glob("*.py")]}
     assert len(sources) >= 8
     for path, text in sources.items():
         calls = r"pickle\.(load|Unpickler)|trust_remote_code|allow_pickle=True|weights_only=False|\b(eval|exec)\(|os\.system|shell=True"

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from tiny import assert_one_line_error, command
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import report
+from parts import explain, report
 from sae import load_sae
 
 stage1, stage3, stage4 = (importlib.import_module(n) for n in ("01_extract", "03_train_head", "04_evaluate"))
@@ -40,7 +40,7 @@ def test_top_tokens_are_those_of_the_models_own_logits_when_a_direction_is_the_o
     logits = backbone.model(torch.full((6, 1), 9)).logits[:, 0]
     hook.remove()
     best = [sorted(range(len(row)), key=row.__getitem__)[:-4:-1] for row in logits.tolist()]
-    assert report.top_tokens(backbone, directions, 3) == [[backbone.tokenizer.decode(i) for i in row] for row in best]
+    assert explain.top_tokens(backbone, directions, 3) == [[backbone.tokenizer.decode(i) for i in row] for row in best]
     assert len({row[0] for row in best}) > 1
 
 
@@ -56,7 +56,7 @@ def test_activations_of_texts_read_together_are_those_of_each_text_alone(pack, b
     monkeypatch.setattr(stage1, "forward_to", lambda *args, **inputs: passes.append(1) or real(*args, **inputs))
     asked = [("Is water wet?", "Yes, it is."), ("Is water wet?", "No."), ("Which colour has the sky?", ""), ("Is water wet?", "Yes, two.")]
     texts, latents = [stage1.render(backbone.tokenizer, *words) for words in asked], [[3], [5, 60, 5], [7, 8], list(range(64))]
-    found = report.token_activations(backbone, sae, texts, 1, latents)
+    found = explain.token_activations(backbone, sae, texts, 1, latents)
     assert len(passes) == 1
     for text, wanted, rows in zip(texts, latents, found):
         hidden = backbone.model(torch.tensor([text.ids]), output_hidden_states=True).hidden_states[2][0, text.first:]
@@ -75,14 +75,14 @@ def test_extreme_texts_are_those_of_train_in_order_and_an_answer_in_several_pair
     z = [torch.tensor([side])[0][:, None] * direction + torch.tensor([0.8, -0.6]) for side in zip(*values)]
     data = SimpleNamespace(z=z, split=torch.tensor([0, 0, 1, 0, 0]), pairs=pairs)
     show = lambda found: {end: [(pair["id"], side, round(score, 4)) for pair, side, score in rows] for end, rows in found.items()}
-    assert show(report.extreme_texts(data, direction, 3)) == {
+    assert show(explain.extreme_texts(data, direction, 3)) == {
         "highest": [("a", "chosen", 5.0), ("d", "rejected", 4.0), ("b", "chosen", 3.0)],
         "lowest": [("d", "chosen", -4.0), ("e", "rejected", -2.0), ("a", "rejected", -1.0)]}
-    assert [len(rows) for rows in report.extreme_texts(data, direction, 99).values()] == [7, 7]    # 8 train responses, one twice
+    assert [len(rows) for rows in explain.extreme_texts(data, direction, 99).values()] == [7, 7]    # 8 train responses, one twice
 
 
 def test_what_is_shown_of_a_prompt_is_the_end_of_its_last_turn():
-    assert report.last_turn("abc", 2) == "bc" and report.last_turn([{"content": "x"}, {"content": "abc"}]) == "abc"
+    assert explain.last_turn("abc", 2) == "bc" and explain.last_turn([{"content": "x"}, {"content": "abc"}]) == "abc"
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_rows_of_latents_fall_by_what_they_add_on_train_and_their_texts_show_the
     data, model = opened
     latents, train = data.head["latents"].tolist(), (data.split == 0).nonzero().flatten().tolist()
     intervals = [[10.0 * n + side for n in range(len(latents))] for side in (0, 1)]
-    rows = report.latent_rows(data, stage4.train_shares(data, model)[0], model.backbone, intervals, 2, shown=3)
+    rows = explain.latent_rows(data, explain.train_shares(data, model)[0], model.backbone, intervals, 2, shown=3)
     assert sorted(r["latent"] for r in rows) == sorted(latents) and [len(r["texts"]) for r in rows] == [2] * 3 + [0] * (len(rows) - 3)
     assert [r["adds"] for r in rows] == sorted((r["adds"] for r in rows), reverse=True) and rows[0]["adds"] > rows[-1]["adds"]
     for row in rows:
@@ -120,7 +120,7 @@ def test_rows_of_latents_fall_by_what_they_add_on_train_and_their_texts_show_the
 def test_without_a_language_model_rows_have_no_tokens_and_texts_and_an_sae_with_a_page_is_linked(opened, monkeypatch):
     data, _ = opened
     monkeypatch.setitem(data.sae.info, "neuronpedia", "gpt2-small/1-res-jb")
-    rows = report.latent_rows(data, torch.zeros(len(data.head["latents"])), None, [[0.0] * len(data.head["latents"])] * 2, 5)
+    rows = explain.latent_rows(data, torch.zeros(len(data.head["latents"])), None, [[0.0] * len(data.head["latents"])] * 2, 5)
     assert all(r["tokens"] == [] and r["texts"] == {} for r in rows)
     assert rows[0]["link"] == f"https://www.neuronpedia.org/gpt2-small/1-res-jb/{rows[0]['latent']}"
 
@@ -128,7 +128,7 @@ def test_without_a_language_model_rows_have_no_tokens_and_texts_and_an_sae_with_
 def test_only_the_last_tokens_of_a_long_text_are_shown(opened):
     data, model = opened
     pair = {"id": "long", "prompt": "Is water wet?", "chosen": "wet " * 50 + "end"}
-    row, = report.with_heat(data, model.backbone, [(3, pair, "chosen", 1.5)], last=7)
+    row, = explain.with_heat(data, model.backbone, [(3, pair, "chosen", 1.5)], last=7)
     assert "".join(token for token, _ in row["heat"]).endswith("end<|im_end|>\n") and len(row["heat"]) == 7 and row["score"] == 1.5
 
 
@@ -136,7 +136,7 @@ def test_only_the_last_tokens_of_a_long_text_are_shown(opened):
 
 def explained(capsys, data, model, *words, **options):
     """explain_pair → (what it printed, {latent: the numbers of its line})."""
-    report.explain_pair(data, model, *report.pair_to_explain(data, words), **options)
+    explain.explain_pair(data, model, *explain.pair_to_explain(data, words), **options)
     text = capsys.readouterr().out
     lines = re.findall(r"^ +(\d+)  (?:chosen|rejected) +([+-]\d\.\d{3}) +([+-]\d\.\d{3}) +([+-]\d\.\d{3}) ", text, re.M)
     return text, {int(j): tuple(map(float, rest)) for j, *rest in lines}
@@ -186,7 +186,7 @@ def test_explain_says_of_an_mlp_that_its_ablations_do_not_add_up(opened, capsys)
                                          (["a", "b", "c", "d"], ["4 values"]), (["a", "b", "wet " * 9999], ["longer than max length"])])
 def test_what_explain_cannot_explain_is_one_line_in_three_parts(words, said, opened):
     with pytest.raises(stage1.UserError) as refusal:
-        report.explain_pair(*opened, *report.pair_to_explain(opened[0], words))
+        explain.explain_pair(*opened, *explain.pair_to_explain(opened[0], words))
     text = str(refusal.value)
     assert text.count(" · ") == 2 and "\n" not in text and all(word in text for word in said)
 
@@ -265,13 +265,13 @@ def test_top_tokens_of_models_whose_final_norm_has_no_weight_or_that_project_the
     hook = backbone.blocks[-1].register_forward_hook(lambda b, a, o: (x[:, None], *o[1:]) if isinstance(o, tuple) else x[:, None])
     logits = backbone.model(torch.full((6, 1), 9)).logits[:, 0]
     hook.remove()
-    assert report.top_tokens(backbone, x, 1) == [[tokenizer.decode(i)] for i in logits.argmax(1).tolist()]
+    assert explain.top_tokens(backbone, x, 1) == [[tokenizer.decode(i)] for i in logits.argmax(1).tolist()]
 
 
 def test_characters_of_several_tokens_are_shown_whole(backbone_of, finished):
     backbone, sae = backbone_of("llama"), stage4.Data(finished).sae
     text = stage1.render(backbone.tokenizer, "Is water wet?", "Nö 🦆.")
-    tokens, = report.token_activations(backbone, sae, [text], 1, [[3, 4]])
+    tokens, = explain.token_activations(backbone, sae, [text], 1, [[3, 4]])
     assert "".join(token for token, _ in tokens) == "Nö 🦆.<|im_end|>\n"
 
 
@@ -284,12 +284,12 @@ def test_pictures_of_an_earlier_wider_evaluation_do_not_stay(run):
 def test_a_share_of_one_in_a_thousand_million_is_not_rounded_to_0(run, monkeypatch):
     data, one = stage4.Data(run), torch.ones(tiny.WIDTH)
     fake = 1, {"w1": one, "std": one}, [np.ones((1, int((data.split == 2).sum())))]
-    monkeypatch.setattr(stage4, "controls", lambda *_: dict.fromkeys(["dense", *stage4.SAYS], fake))
+    monkeypatch.setattr(stage4, "controls", lambda *_: dict.fromkeys(["dense", *report.SAYS], fake))
     data.meta["parameters"] = 9_241_705_984
     with tiny.argv("--run", run, "--texts", 0, "--sweeps", "none"), monkeypatch.context() as patch:
         patch.setattr(stage4, "Data", lambda *_: data)
-        patch.setattr(stage4, "report", lambda *_: None)
-        patch.setattr(stage4.page, "write_page", lambda *_: [])
+        patch.setattr(report, "print_report", lambda *_: None)
+        patch.setattr(report, "write_page", lambda *_: [])
         stage4.main()
     cost = json.loads((run / "evaluation.json").read_text())["cost"]
     assert cost["share"] == pytest.approx(cost["trained_parameters"] / cost["backbone_parameters"], rel=0.01)

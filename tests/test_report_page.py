@@ -1,7 +1,6 @@
 """The evaluation page: markup in the data stays text, nothing is asked of the network, every number is one of evaluation.json."""
 
 import html
-import importlib
 import json
 import random
 import re
@@ -10,9 +9,9 @@ import subprocess
 
 import pytest
 
-import report
+from parts import report
 
-CONTROLS = ["dense", *importlib.import_module("04_evaluate").SAYS]
+CONTROLS = ["dense", *report.SAYS]
 HOSTILE = "</script><script>document.title='pwned'</script><img src=x onerror=\"document.title='pwned'\">"
 UNUSUAL = "\u202eright to left\u202c \u2028 \u0000 \U0001f9a6 é <!-- __DATA__ & \n"
 SAFE_LINK = "https://www.neuronpedia.org/gemma-2-2b/13-res-16k/7"

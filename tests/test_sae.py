@@ -11,11 +11,11 @@ from functools import partial
 
 import numpy as np
 import pytest
-import sae_tools
 import torch
 from safetensors.torch import save_file
 
 import sae as S
+from parts import sae_tools
 
 health = importlib.import_module("02_select_features").health
 

@@ -23,13 +23,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))                # as conftest.py does for pytest
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "assets"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import damage
-import sae_tools
 import test_sae as T
 
 import sae as S
+from parts import sae_tools
 
 CASES = 1000 if os.environ.get("SPARSERM_FAULTS") == "all" else 300
 SECONDS, MEGABYTES = 5, 300

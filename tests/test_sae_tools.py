@@ -1,4 +1,4 @@
-"""assets/sae_tools.py: what it trains on, that training helps, goes on after a kill, and gives an SAE in raw units."""
+"""parts/sae_tools.py: what it trains on, that training helps, goes on after a kill, and gives an SAE in raw units."""
 
 import importlib
 import os
@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import sae_tools as T
 import torch
 from safetensors.torch import load_file
 
+import parts.sae_tools as T
 import sae as S
 
 health = importlib.import_module("02_select_features").health

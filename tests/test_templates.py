@@ -16,6 +16,9 @@ from tiny import save_rows, succeed
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from parts import rows
+from parts.self_check import self_check
+
 stage1, stage5 = (importlib.import_module(n) for n in ("01_extract", "05_best_of_n"))
 
 LLAMA_3 = """{{- bos_token }}
@@ -190,7 +193,7 @@ def test_a_long_prompt_loses_its_beginning_and_the_response_nothing(family):
 @EVERY
 def test_an_empty_assistant_turn_is_refused(family):
     tokenizer = tokenizer_of(family)
-    reason = lambda prompt, chosen: stage1.problem_with(tokenizer, prompt, chosen, "Green.", 2048)
+    reason = lambda prompt, chosen: rows.problem_with(tokenizer, prompt, chosen, "Green.", 2048)
     assert reason(LONG, "Blue.") is None
     for empty in ("", " \n"):
         assert "empty" in reason(LONG, empty) and "empty" in reason([LONG[0], turn("assistant", empty), LONG[2]], "Blue.")
@@ -223,11 +226,10 @@ def test_an_answer_of_qwen3_begins_behind_the_thinking_block_or_holds_its_own():
 
 @EVERY
 def test_the_self_check_finds_no_second_bos_and_every_end_token(family, tmp_path):
-    stage3 = importlib.import_module("03_train_head")
     model = tiny.save_model(tmp_path / "model", tokenizer=tokenizer_of(family))
     pairs, sae = tiny.save_pairs(tmp_path / "p.jsonl", 24), tiny.save_sae(tmp_path / "sae.safetensors")
     succeed("01_extract", "--model", model, "--pairs", pairs, "--layer", 1, "--run", tmp_path / "run")
     succeed("02_select_features", "--run", tmp_path / "run", "--sae", sae, "--k", 4)
     succeed("03_train_head", "--run", tmp_path / "run", "--seeds", 1, "--epochs", 5)
-    found = stage3.self_check(tmp_path / "run")
+    found = self_check(tmp_path / "run")
     assert len(found) == 9 and all(holds for _, holds, _ in found), json.dumps(found, ensure_ascii=False)

@@ -21,7 +21,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "assets"))
 WIDTH, LAYERS, WINDOW = 32, 3, 8
 SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 SENTENCES = ["The liver makes bile and the gallbladder stores it.", "Is water wet? Yes, it is. No, it is not.",
@@ -77,7 +76,7 @@ def save_model(folder, family="llama", template=CHATML, seed=0, tokenizer=None, 
 
 def save_sae(path, layer=1, model=None, width=WIDTH, d_sae=64, seed=0):
     """A random ReLU SAE with unit decoder rows, about half of whose latents fire → path (str)."""
-    sae, save = importlib.import_module("sae"), importlib.import_module("sae_tools").save_sae
+    sae, save = importlib.import_module("sae"), importlib.import_module("parts.sae_tools").save_sae
     generator = torch.Generator().manual_seed(seed)
     rows = torch.nn.functional.normalize(torch.randn(d_sae, width, generator=generator), dim=1)
     zero = torch.zeros(width)

@@ -1,6 +1,5 @@
-"""What stage 4 shows besides figures: what the latents are, why A beat B, the pictures and the page.
+"""What the latents are, whether they are worth believing, and why A beat B. For stage 4.
 
-    python 04_evaluate.py --run runs/demo                             report.html and the pictures
     python 04_evaluate.py --run runs/demo --explain ID                one pair of the run
     python 04_evaluate.py --run runs/demo --explain PROMPT A B        any two responses
 
@@ -9,21 +8,27 @@ is a description. Only an ablation (a score set to its mean) is an intervention,
 language model would have written or computed without the latent is not asked here.
 """
 
-import base64
 import importlib
-import io
 import json
-from pathlib import Path
+import math
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
-stage1 = importlib.import_module("01_extract")
-TEMPLATE = Path(__file__).parent / "assets" / "report.html"
-COLOURS = {"sparserm": "#2166ac", "dense": "#666666", "random_directions": "#b2182b", "random_latents": "#ef8a62",
-           "activations": "#1b7837", "words": "#8073ac", "length": "#b08d57", "shuffled_labels": "#999999"}
+from parts.chat import render
+from parts.files import UserError
+
+stage1, stage2 = (importlib.import_module(n) for n in ("01_extract", "02_select_features"))
+TRAIN, TEST = stage1.TRAIN, stage1.TEST
 
 
 # ---------------------------------------------------------------- what a latent is
+
+def latent_activations(sae, z, latents):
+    """f_j(z) of some latents, [n, len(latents)]."""
+    return torch.cat([sae.encode(part)[:, latents] for part in z.split(1024)])
+
 
 def top_tokens(backbone, directions, count=8):
     """Logit lens: the tokens whose output logit each direction [m, d] raises most → list of lists of strings.
@@ -87,7 +92,7 @@ def extreme_texts(data, direction, count):
 
 def with_heat(data, backbone, rows, last=60):
     """[(latent, pair, side, score)] → rows to show: each text's `last` tokens with the latent's activation there."""
-    texts = [stage1.render(backbone.tokenizer, pair["prompt"], pair[side], data.meta["max_length"]) for _, pair, side, _ in rows]
+    texts = [render(backbone.tokenizer, pair["prompt"], pair[side], data.meta["max_length"]) for _, pair, side, _ in rows]
     heat = token_activations(backbone, data.sae, texts, data.meta["layer"], [[j] for j, *_ in rows], last)
     return [{"id": pair["id"], "side": side, "score": score, "prompt": last_turn(pair["prompt"]),
              "heat": [[token, value] for token, (value,) in tokens]} for (_, pair, side, score), tokens in zip(rows, heat)]
@@ -122,6 +127,56 @@ def latent_rows(data, adds, backbone, intervals, texts, shown=20):
     return rows
 
 
+# ---------------------------------------------------------------- are they worth believing
+
+def bootstrap_weights(groups, draws, seed=0):
+    """How often each row comes in each draw of groups with replacement → [draws, n] float32."""
+    _, inverse = np.unique(groups, return_inverse=True)
+    rng, count = np.random.default_rng(seed), inverse.max() + 1
+    drawn = np.stack([np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(draws)])
+    return torch.from_numpy(drawn[:, inverse].astype(np.float32))
+
+
+def resampled_selection(data, draws=20):
+    """Select again on bootstrap resamples of the train prompts → {k, draws, mean, least, chance}.
+
+    mean, least: the share of the head's latents that are chosen again. chance: the same share where the two sides of every pair
+    are swapped at random before all selecting, so that nothing separates them: few living latents are chosen again by chance too.
+    """
+    rows, k = (data.split == TRAIN).nonzero().flatten(), len(data.head["latents"]) // 2
+    weights = bootstrap_weights(data.group[rows.numpy()], draws)
+    sign = torch.where(torch.rand(len(rows), generator=torch.Generator().manual_seed(0)) < 0.5, -1.0, 1.0)
+    found = {}
+    for name, signs in (("true", torch.ones_like(sign)), ("chance", sign)):
+        total = torch.zeros(1 + draws, data.sae.d_sae)                  # the first row: all pairs once
+        for at in torch.arange(len(rows)).split(max(1, 2**25 // data.sae.d_sae)):
+            fires = [(data.sae.encode(z[rows[at]]) > 0).float() for z in data.z]
+            total += torch.cat([torch.ones(1, len(at)), weights[:, at]]) @ ((fires[0] - fires[1]) * signs[at, None])
+        first, *again = (stage2.select_latents(row, torch.zeros_like(row), k).chunk(2) for row in total)
+        found[name] = [sum(len(np.intersect1d(a, b)) for a, b in zip(first, other)) / (2 * k) for other in again]
+    return {"k": k, "draws": draws, "mean": float(np.mean(found["true"])), "least": float(min(found["true"])),
+            "chance": float(np.mean(found["chance"]))}
+
+
+def separation_on_test(data, draws=2000):
+    """Interval of μ_c - μ_r of the head's latents on the *test* pairs → (low, high) [2K'] each.
+
+    On train it would be too narrow: the latents were chosen there for that difference.
+    """
+    test = data.split == TEST
+    fires = [latent_activations(data.sae, z[test], data.head["latents"]) > 0 for z in data.z]
+    drawn = bootstrap_weights(data.group[test.numpy()], draws)
+    return np.quantile((drawn @ (fires[0].float() - fires[1].float()) / drawn.sum(1, keepdim=True)).numpy(), (0.025, 0.975), axis=0)
+
+
+def train_shares(data, model):
+    """What each direction adds to chosen minus rejected on train, on average; and its |weight| (MLP: the mean size of its
+    ablation) → [2K] torch, [2K] numpy."""
+    parts = [model.contributions(z[data.split == TRAIN]) for z in data.z]
+    weight = torch.cat(parts).abs().mean(0) if "w2" in model.head else model.head["w1"].abs()
+    return (parts[0] - parts[1]).mean(0), weight.numpy()
+
+
 # ---------------------------------------------------------------- why A beat B
 
 def pair_to_explain(data, words):
@@ -129,10 +184,10 @@ def pair_to_explain(data, words):
     if len(words) == 1:
         pair = next((p for p in data.pairs if p["id"] == words[0]), None)
         if pair is None:
-            raise stage1.UserError(f"no pair has this id · --explain {words[0]} · ids are in {data.run}/pairs.jsonl")
+            raise UserError(f"no pair has this id · --explain {words[0]} · ids are in {data.run}/pairs.jsonl")
         return (pair["prompt"], pair["chosen"], pair["rejected"]), ("chosen", "rejected")
     if len(words) != 3:
-        raise stage1.UserError(f"--explain takes an id, or a prompt and two responses · {len(words)} values · quote each of them")
+        raise UserError(f"--explain takes an id, or a prompt and two responses · {len(words)} values · quote each of them")
     return words, ("A", "B")
 
 
@@ -161,100 +216,22 @@ def explain_pair(data, model, words, names, top=10):
               f"{names[0]}: {where[0]}   {names[1]}: {where[1]}")
 
 
-# ---------------------------------------------------------------- pictures and page
-
-def picture(draw, path):
-    """Draw with matplotlib once → PNG file, and its bytes as base64 for the page. None where matplotlib is missing."""
-    try:
-        import matplotlib.figure
-    except ImportError:
+def fold(data, model, dense):
+    """A linear head is one vector u of the residual stream: its cosine to the mean of chosen minus rejected on train, and to the
+    vector of the dense control's head."""
+    if "w2" in model.head:
         return None
-    figure = matplotlib.figure.Figure(figsize=(5.5, 3.2), layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    draw(axes)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
-    with stage1.moved_into_place(path) as part:
-        part.write_bytes(buffer.getvalue())
-    return base64.b64encode(buffer.getvalue()).decode()
+    train, (u, _) = data.split == TRAIN, model.vector()
+    cosine = lambda other: float(F.cosine_similarity(u, other, 0))
+    return {"norm": float(u.norm()), "cosine_mean_difference": cosine((data.z[0][train] - data.z[1][train]).mean(0)),
+            "cosine_dense": cosine(dense["w1"] / dense["std"])}
 
 
-def shown(name):
-    """sparserm → SparseRM, random_latents → random latents."""
-    return "SparseRM" if name == "sparserm" else name.replace("_", " ")
-
-
-def accuracy_plot(axes, accuracy):
-    """A dot and its interval: SparseRM on top, then the controls by accuracy. A ring where ties count half."""
-    names = sorted(accuracy, key=lambda n: (n == "sparserm", accuracy[n]["accuracy"], n))
-    for y, name in enumerate(names):
-        row = accuracy[name]
-        axes.plot([row["low"], row["high"]], [y, y], color=COLOURS[name], lw=3 if name == "sparserm" else 1.5)
-        axes.plot(row["accuracy"], y, "o", color=COLOURS[name])
-        if row["ties"] > 0.005:
-            axes.plot(row["ties_half"], y, "o", color=COLOURS[name], mfc="none")
-    axes.axvline(0.5, color="#bbbbbb", lw=1, ls=":")
-    axes.set_yticks(range(len(names)), list(map(shown, names)))
-    axes.set_xlabel("accuracy on test pairs, 95 % interval over prompts")
-
-
-def curve_plot(axes, curve, label):
-    """Accuracy against K or the number of train pairs, a band for SparseRM and for random directions. A tie counts half: a head
-    that dev stopped before its first step says nothing, and is a coin, not always wrong."""
-    for name in (n for n in COLOURS if n in curve):
-        xs = sorted(map(int, curve[name]))
-        rows = [curve[name][str(x)] for x in xs]
-        axes.plot(xs, [r["ties_half"] for r in rows], "o-", ms=4, lw=2.5 if name == "sparserm" else 1.2, color=COLOURS[name],
-                  label=shown(name))
-        if name in ("sparserm", "random_directions"):
-            axes.fill_between(xs, [r["half_low"] for r in rows], [r["half_high"] for r in rows], color=COLOURS[name], alpha=0.12, lw=0)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(xs, [str(x) for x in xs])
-    axes.minorticks_off()
-    axes.set_xlabel(label)
-    axes.set_ylabel("accuracy, a tie as half")
-    axes.legend(frameon=False, fontsize=8)
-
-
-def reliability_plot(axes, calibration):
-    """Confidence σ(|Δr| / T) against how often the higher reward was right, bins of equal mass."""
-    bins = calibration["bins"]
-    axes.plot([0.5, 1], [0.5, 1], color="#bbbbbb", lw=1, ls=":")
-    axes.plot([b["confidence"] for b in bins], [b["accuracy"] for b in bins], "o-", color=COLOURS["sparserm"])
-    axes.set_xlabel("confidence")
-    axes.set_ylabel("share right")
-
-
-def best_of_plot(axes, curve):
-    """Best-of-n of stage 5, {m: row}: with labels the mean label by reward, by an oracle and of a random pick; else the mean reward."""
-    ms, labelled, blue = list(curve), "label" in curve[1], COLOURS["sparserm"]
-    axes.plot(ms, [row["label" if labelled else "reward"] for row in curve.values()], "o-", color=blue, label="by the reward")
-    if labelled:
-        axes.plot(ms, [row["oracle"] for row in curve.values()], "s--", color=COLOURS["dense"], label="oracle")
-        axes.axhline(curve[1]["label"], color="#bbbbbb", lw=1, ls=":", label="random pick")
-        axes.legend(frameon=False, fontsize=8)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ms, [f"{m}\n{row['kl_bound']:.2f}" for m, row in curve.items()])
-    axes.minorticks_off()
-    axes.set_xlabel("best of m candidates; below: KL to the policy is at most … nats")
-    axes.set_ylabel("mean label" if labelled else "mean reward")
-
-
-def write_page(result, run):
-    """Pictures and report.html of a run → names of the files written. The page asks nothing of the network."""
-    run, curves = Path(run), result["curves"]
-    drawings = {"accuracy": lambda axes: accuracy_plot(axes, result["accuracy"]),
-                "reliability": lambda axes: reliability_plot(axes, result["calibration"])}
-    for name, label in (("k", "K, directions a side"), ("pairs", "train pairs")):
-        if name in curves:
-            drawings[f"curve_{name}"] = lambda axes, name=name, label=label: curve_plot(axes, curves[name], label)
-    for path in {run / f"{name}.png" for name in ("curve_k", "curve_pairs")} - {run / f"{name}.png" for name in drawings}:
-        path.unlink(missing_ok=True)        # of an earlier evaluation with more sweeps
-    images = {name: picture(draw, run / f"{name}.png") for name, draw in drawings.items()}
-    if None in images.values():
-        print("note: no pictures, matplotlib is missing: pip install matplotlib")
-    data = json.dumps({"evaluation": result, "images": {n: i for n, i in images.items() if i}}, sort_keys=True, ensure_ascii=False)
-    page = TEMPLATE.read_text("utf-8").replace("__DATA__", data.replace("<", "\\u003c"))        # no </script> can end it
-    stage1.write_text(run / "report.html", page)
-    return ["report.html", *(f"{name}.png" for name, image in images.items() if image)]
+def most_wrong(data, difference, count=10):
+    """The test pairs ranked wrong with the greatest confidence."""
+    rows = (data.split == TEST).nonzero().flatten().tolist()
+    wrong = [n for n in np.argsort(difference, kind="stable")[:count] if difference[n] < 0]
+    return [{"id": data.pairs[rows[n]]["id"], "difference": float(difference[n]),
+             "confidence": float(1 / (1 + math.exp(difference[n] / float(data.head["temperature"])))),
+             "prompt": last_turn(data.pairs[rows[n]]["prompt"]),
+             **{side: data.pairs[rows[n]][side][:600] for side in ("chosen", "rejected")}} for n in wrong]

@@ -19,6 +19,9 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
+from parts.chat import render
+from parts.files import save_stage
+from parts.rows import pairs_of_row, read_rows
 from sae import NAMES, SAE, SAEError, load_sae
 
 stage1, stage2 = (importlib.import_module(n) for n in ("01_extract", "02_select_features"))
@@ -27,13 +30,13 @@ stage1, stage2 = (importlib.import_module(n) for n in ("01_extract", "02_select_
 def read_texts(path):
     """Texts of a JSONL file (also .gz): rows with `text`, with `messages`, or pairs → list of str or messages."""
     texts = []
-    for _, row in stage1.read_rows(path):
+    for _, row in read_rows(path):
         if isinstance(row.get("text"), str):
             texts.append(row["text"])
         elif isinstance(row.get("messages"), list):
             texts.append(row["messages"])
         else:
-            found = stage1.pairs_of_row(row)
+            found = pairs_of_row(row)
             for prompt, chosen, rejected in found if isinstance(found, list) else []:
                 turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
                 texts += [[*turns, {"role": "assistant", "content": answer}] for answer in (chosen, rejected)]
@@ -56,7 +59,7 @@ def sequences_of(backbone, texts, max_length, cuts=0, rng=None):
             sequences += [p for p in parts if len(p) > 1]
             scored += [False] * (len(sequences) - len(scored))
             continue
-        text = stage1.render(backbone.tokenizer, text[:-1], text[-1]["content"])
+        text = render(backbone.tokenizer, text[:-1], text[-1]["content"])
         start = max(text.first + 1, min(text.last, max_length))
         ends = [text.last] + [int(c) for c in rng.integers(text.first + 1, start + 1, cuts)] if cuts else [text.last]
         for end in dict.fromkeys(e for e in ends if e <= max_length):
@@ -90,7 +93,7 @@ def save_sae(sae, path, dtype=torch.float32):
     """Write our own layout: the tensors, and one metadata key `sparserm` (sorted JSON)."""
     info = {n: v for n, v in sae.info.items() if n not in ("file", "weights")}          # where it was read from
     info |= {"stage": "sae", "activation": sae.activation, "k": sae.k, "norm": sae.norm}
-    stage1.save_stage(path, {n: getattr(sae, n).detach().to(dtype).clone() for n in NAMES if getattr(sae, n) is not None}, info)
+    save_stage(path, {n: getattr(sae, n).detach().to(dtype).clone() for n in NAMES if getattr(sae, n) is not None}, info)
 
 
 # ---------------------------------------------------------------- training a TopK SAE
@@ -239,7 +242,7 @@ def save_checkpoint(state, args):
     tensors = {n: state[n].detach() for n in ("W_enc", "b_enc", "W_dec", "b_dec", "idle")}
     tensors |= {f"adam{i}.{key}": value for i, s in state["adam"].state_dict()["state"].items() for key, value in s.items()}
     tensors |= {"scale": state["scale"], "variance": torch.tensor(state["variance"]), "step_done": torch.tensor(state["step"])}
-    stage1.save_stage(checkpoint_path(args), tensors, training_key(args))
+    save_stage(checkpoint_path(args), tensors, training_key(args))
 
 
 def training_key(args):
@@ -293,7 +296,12 @@ def describe(sae):
     return "\n".join(f"{name:<14} {value}" for name, value in lines.items() if value is not None)
 
 
+class ManualPage(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Line breaks kept, defaults named."""
+
+
 def parse_args():
+    """The flags of the three commands."""
     p = argparse.ArgumentParser(prog="sae.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--debug", action="store_true", help="show the traceback of an error")
     sub = p.add_subparsers(dest="command", required=True)
@@ -301,10 +309,12 @@ def parse_args():
     load.add_argument("path", help="SAE file or folder, hub:REPO[:SUBFOLDER]")
     load.add_argument("--k-sae", type=int, help="k of a TopK SAE whose files do not hold it (Qwen-Scope)")
     load.add_argument("--revision", help="branch, tag or commit on the hub")
-    load.add_argument("--sae-dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="in memory (default float32)")
-    sub.add_parser("info", parents=[load], help="what a checkpoint is and how it was read")
-    check = sub.add_parser("check", parents=[load], help="how well it fits a model on your texts")
-    run = sub.add_parser("train", help="train a TopK SAE", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    load.add_argument("--sae-dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="in memory")
+    command = lambda name, says, example, *parents: sub.add_parser(
+        name, parents=parents, help=says, description=f"{says}\n\n    python sae.py {example}", formatter_class=ManualPage)
+    command("info", "what a checkpoint is and how it was read", "info my-sae.safetensors", load)
+    check = command("check", "how well it fits a model on your texts", "check my-sae.safetensors --texts my.jsonl", load)
+    run = command("train", "train a TopK SAE", "train --layer 16 --texts my.jsonl --out my-sae.safetensors")
     for q in (check, run):
         q.add_argument("--model", default="demo", help="demo, a hub name, a folder or a .gguf file")
         q.add_argument("--texts", required=True, help="JSONL with text, messages, or prompt, chosen, rejected")

@@ -1,0 +1,511 @@
+"""The paper's headline, checked: SparseRM against fine-tuned reward models on the same backbone, the same pairs, the same tokens.
+
+    python benchmarks/reward_models.py TruthfulQA=truthfulqa.jsonl HH-harmless=hh_harmless.jsonl … --write
+    python benchmarks/reward_models.py TruthfulQA=truthfulqa.jsonl --quick          a subset, in minutes
+
+Texts longer than --max-length are cut for all alike: the response at its end (the prompt keeps at most half), then the prompt at its
+beginning. Splits are those of stage 1. Everything is fitted on train; learning rate, K, L2, when to stop and the temperature on dev.
+
+    sparserm        stages 1 to 3 with their defaults
+    full            TRL's RewardTrainer, all weights and a scalar head on the last block, --epochs epochs
+    lora            the same with PEFT: rank 16 on every matrix of the blocks, and the scalar head
+    dense           a linear Bradley-Terry head on z, the vector that SparseRM projects
+    dense_last      the same head on the last block's output
+    mlp             z, 512 hidden units, a scalar: two layers
+    swift           like SWIFT (arXiv 2505.12225): every response token gets a reward and a gate, both linear; the gated mean. Of one
+                    layer here, of all in the paper
+    words           1- and 2-grams of the response
+    likelihood      the backbone's own log-likelihood of the response; sum or mean a token, by dev
+
+full and lora try every learning rate on --search-pairs train pairs with one seed (0: the rate that won on the first set); the one with
+the lowest dev NLL trains on all with --seeds seeds. A job (one fit) is a process of its own with --threads threads; its seconds are
+processor time, so other work on the machine changes them little. Finished jobs lie in --out/jobs and are not run again.
+"""
+
+import argparse
+import concurrent.futures
+import copy
+import importlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+files, models, rows_of = (importlib.import_module(f"parts.{n}") for n in ("files", "models", "rows"))
+stage1, stage2, stage3, stage4 = (importlib.import_module(n) for n in
+                                  ("01_extract", "02_select_features", "03_train_head", "04_evaluate"))
+RESULTS = ROOT / "benchmarks/results/reward_models.json"
+FROZEN = ("sparserm", "dense", "dense_last", "mlp", "swift", "words", "likelihood")
+PEERS = ("datasets", "peft", "transformers", "trl")
+RATES = {"full": (1e-5, 3e-5, 1e-4), "lora": (1e-4, 3e-4, 1e-3)}
+SIDES, DEV, TEST = stage4.SIDES, stage1.DEV, stage1.TEST
+SETTINGS = {"lr": 0.01, "weight_decay": 0.1, "epochs": 200, "patience": 20}         # of stage 3
+
+
+# ---------------------------------------------------------------- the pairs, the same for all
+
+def cut_response(tokenizer, prompt, response, most):
+    """A response short enough that prompt and response have at most `most` tokens, where the prompt may have half of them."""
+    room = max(most // 2, most - len(stage1.render(tokenizer, prompt, "x", most).ids)) - 2
+    offsets = tokenizer(response, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return response if len(offsets) <= room else response[:offsets[room - 1][1]]
+
+
+def some(rows, count):
+    """About `count` of the rows, whole questions, in an order that no file decides."""
+    rows = sorted(rows, key=lambda r: (stage1.hash_number("benchmark " + r["question"]), r["id"]))
+    while 0 < count < len(rows) and rows[count]["question"] == rows[count - 1]["question"]:
+        count += 1
+    return rows[:count]
+
+
+def prepare(file, run, train_pairs, args):
+    """A file of pairs → run/cut.jsonl with `train_pairs` train pairs, and stages 1 to 3 on it."""
+    tokenizer, rows = stage1.load_tokenizer(args.model), []
+    for n, (_, raw) in enumerate(stage1.read_rows(file)):
+        for prompt, *both in rows_of.pairs_of_row(raw):
+            chosen, rejected = (cut_response(tokenizer, prompt, text, args.max_length) for text in both)
+            rows.append({"id": f"{n}-{raw.get('id', '')}", "prompt": prompt, "chosen": chosen, "rejected": rejected,
+                         "question": stage1.question_of(prompt), "split": stage1.split_of(prompt)})
+    counts = {"train": train_pairs, "dev": args.dev_pairs, "test": args.test_pairs}
+    kept = [row for split, count in counts.items() for row in some([r for r in rows if r["split"] == split], count)]
+    files.write_rows(run / "cut.jsonl", [{n: r[n] for n in ("id", "prompt", "chosen", "rejected")} for r in kept])
+    extract = ["--pairs", run / "cut.jsonl", "--model", args.model, "--layer", args.layer, "--max-length", args.max_length]
+    for script, more in (("01_extract.py", extract), ("02_select_features.py", ["--sae", args.sae]), ("03_train_head.py", [])):
+        subprocess.run([sys.executable, ROOT / script, "--run", run, *map(str, more)], check=True, stdout=subprocess.DEVNULL)
+
+
+def load_pairs(run):
+    """The pairs of a prepared run, by split → {train, dev, test: rows}."""
+    rows = [json.loads(line) for line in open(run / "pairs.jsonl", encoding="utf-8")]
+    return {split: [r for r in rows if r["split"] == split] for split in stage1.SPLITS}
+
+
+def rendered(tokenizer, rows, most):
+    """Rows → Texts of stage 1: chosen, rejected, chosen …"""
+    return [stage1.render(tokenizer, r["prompt"], r[side], most) for r in rows for side in SIDES]
+
+
+# ---------------------------------------------------------------- fine-tuned peers
+
+def final_norm(model):
+    """The norm between the last block and the output matrix or head."""
+    base = getattr(model, model.base_model_prefix)
+    return next(getattr(base, name) for name in ("norm", "ln_f", "final_layer_norm", "final_layernorm") if hasattr(base, name))
+
+
+def last_rewards(backbone, texts):
+    """Rewards of a sequence classifier with one label, packed as in stage 1: its last block's output at the last token [n, d], then
+    its own final norm and head → [n]."""
+    hidden = stage1.residuals(backbone, texts, [len(backbone.blocks) - 1], "last")[0]
+    with torch.inference_mode():
+        return backbone.model.score(final_norm(backbone.model)(hidden))[:, 0].float()
+
+
+def fine_tune(job, rows, tokenizer):
+    """TRL's RewardTrainer on tokenised pairs → (the model with its LoRA merged, trained parameters)."""
+    datasets, peft, transformers, trl = (importlib.import_module(n) for n in PEERS)
+    texts = rendered(tokenizer, rows, job["max_length"])
+    data = datasets.Dataset.from_list([{"chosen_ids": a.ids, "rejected_ids": b.ids} for a, b in zip(texts[::2], texts[1::2])])
+    transformers.set_seed(job["seed"])
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(models.locate_model(job["model"]), num_labels=1,
+                                                                            dtype=torch.float32)
+    lora = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="SEQ_CLS") if job["method"] == "lora" else None
+    settings = trl.RewardConfig(
+        output_dir=str(Path(job["out"]) / "trainer" / str(os.getpid())), learning_rate=job["lr"], num_train_epochs=job["epochs"],
+        per_device_train_batch_size=2, gradient_accumulation_steps=4, warmup_steps=max(1, len(rows) // 80), seed=job["seed"],
+        max_length=None, bf16=False, gradient_checkpointing=False, use_cpu=not torch.cuda.is_available(), report_to="none",
+        save_strategy="no", disable_tqdm=True, logging_steps=20)
+    trainer = trl.RewardTrainer(model=model, args=settings, train_dataset=data, peft_config=lora, processing_class=tokenizer)
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    trainer.train()
+    return (trainer.model.merge_and_unload() if lora else trainer.model), trained
+
+
+def run_peer(job):
+    """One fit of `full` or `lora` → its results."""
+    tokenizer, pairs = stage1.load_tokenizer(job["model"]), load_pairs(Path(job["run"]))
+    for name in PEERS:                          # before the clock starts
+        importlib.import_module(name)
+    started = time.process_time()
+    model, trained = fine_tune(job, some([r | {"question": str(r["group"])} for r in pairs["train"]], job["n"]), tokenizer)
+    seconds = time.process_time() - started
+    backbone = stage1.make_backbone(model, tokenizer, {"model": job["model"]})
+    differ = lambda rows: torch.sub(*last_rewards(backbone, rendered(tokenizer, rows, job["max_length"])).view(-1, 2).T).tolist()
+    found, started = {"dev": differ(pairs["dev"]), "test": {}, "trained": trained, "seconds": seconds}, time.process_time()
+    if not job["search"]:
+        found["test"][job["set"]] = differ(pairs["test"])
+        found["texts_a_second"] = 2 * len(pairs["test"]) / (time.process_time() - started)
+        for name, run in job["others"].items() if job["seed"] == 0 else ():
+            found["test"][name] = differ(load_pairs(Path(run))["test"][:job["other_pairs"]])
+    return found
+
+
+# ---------------------------------------------------------------- methods on the frozen backbone
+
+class Tokens:
+    """What the frozen backbone makes of many texts, in one pass: block L's output at every response token `z` [T, d] and at the last
+    token `at_l` [n, d], the last block's there `at_top`, and the log-likelihood of the response and its end mark: `sums`, `counts` [n]."""
+
+    def __init__(self, backbone, texts, layer):
+        last, parts = len(backbone.blocks) - 1, [None] * len(texts)
+        norm, matrix = final_norm(backbone.model), backbone.model.get_output_embeddings()
+        self.at_l, self.at_top = torch.empty(2, len(texts), backbone.model.config.hidden_size)
+        self.sums, self.counts = np.zeros(len(texts)), np.array([t.eot + 1 - t.first for t in texts])
+        for members, (hidden, top) in stage1.hidden_rows(backbone, [t.ids for t in texts], [layer, last]):
+            for i, path in members:
+                text, path = texts[i], torch.from_numpy(path)
+                parts[i] = hidden[path[text.first:text.last]].float()
+                self.at_l[i], self.at_top[i] = hidden[path[-1]], top[path[-1]]
+                with torch.inference_mode():                # each token is told by the one before
+                    told = matrix(norm(top[path[text.first - 1:text.eot]])).float().log_softmax(-1)
+                wanted = torch.tensor(text.ids[text.first:text.eot + 1])
+                self.sums[i] = float(told.gather(1, wanted[:, None]).double().sum())
+        self.first = np.concatenate([[0], np.cumsum([len(p) for p in parts])])
+        self.z = torch.cat(parts)
+
+    def some(self, texts):
+        """The same of some of the texts."""
+        found, (places, _) = copy.copy(self), self.owner(texts)
+        found.z, found.first = self.z[places], np.concatenate([[0], np.cumsum(self.first[texts + 1] - self.first[texts])])
+        for name in ("at_l", "at_top", "sums", "counts"):
+            setattr(found, name, getattr(self, name)[texts])
+        return found
+
+    def owner(self, texts):
+        """Some texts (indices) → (places of their tokens in z, which of the texts each belongs to)."""
+        lengths = self.first[texts + 1] - self.first[texts]
+        places = np.concatenate([np.arange(self.first[t], self.first[t + 1]) for t in texts])
+        return torch.from_numpy(places), torch.from_numpy(np.repeat(np.arange(len(texts)), lengths))
+
+
+def gated_rewards(weights, z, owner, count):
+    """Σ σ(g_t) r_t / Σ σ(g_t) over the tokens of each text, (g_t, r_t) = z_t W + b: z [T, d], owner [T] → [count]."""
+    gate, reward = (z @ weights["w"] + weights["b"]).unbind(1)
+    gate = torch.sigmoid(gate)
+    return torch.zeros(count).index_add(0, owner, gate * reward) / torch.zeros(count).index_add(0, owner, gate)
+
+
+def fit_swift(tokens, split, decays=(0.001, 0.01, 0.1), lr=0.01, epochs=200, patience=20, batch=64):
+    """Bradley-Terry on gated token rewards; the L2 penalty and when to stop by dev → (read(tokens) → r_chosen - r_rejected [n], trained
+    parameters)."""
+    mean, std = tokens.z.mean(0), tokens.z.std(0) + 1e-6
+    best, kept = float("inf"), None
+
+    def rewards(weights, tokens, pairs):
+        places, owner = tokens.owner(np.stack([2 * pairs, 2 * pairs + 1], 1).flatten())
+        return gated_rewards(weights, (tokens.z[places] - mean) / std, owner, 2 * len(pairs)).view(-1, 2).unbind(1)
+    train, dev = ((split == s).nonzero().flatten().numpy() for s in (stage1.TRAIN, DEV))
+    for decay in decays:
+        generator, since = torch.Generator().manual_seed(0), 0
+        weights = {"w": torch.zeros(len(mean), 2, requires_grad=True), "b": torch.zeros(2, requires_grad=True)}
+        adam, lowest = torch.optim.Adam(weights.values(), lr=lr), float("inf")
+        for _ in range(epochs):
+            for pick in torch.randperm(len(train), generator=generator).split(batch):
+                loss = stage3.bradley_terry_loss(*rewards(weights, tokens, train[pick.numpy()])) + decay / 2 * weights["w"].square().sum()
+                adam.zero_grad()
+                loss.backward()
+                adam.step()
+            with torch.no_grad():
+                value = float(stage3.bradley_terry_loss(*rewards(weights, tokens, dev)))
+            since = 0 if value < lowest - 1e-5 else since + 1
+            lowest = min(lowest, value)
+            if value < best:
+                best, kept = value, {n: p.detach().clone() for n, p in weights.items()}
+            if since > patience:
+                break
+    return lambda tokens: torch.sub(*rewards(kept, tokens, np.arange((len(tokens.first) - 1) // 2))), 2 * len(mean) + 2
+
+
+def run_frozen(job):
+    """All methods that leave the backbone as it is → {method: its results}."""
+    run, layer = Path(job["run"]), job["layer"]
+    reward = stage3.RewardModel.load(run / "reward_head.safetensors")
+    seen = stage4.Pairs(run, stage2.shard_files(run, layer)[0])
+    read = lambda rows: rendered(reward.backbone.tokenizer, rows, job["max_length"])
+    texts, split, test, found = read(seen.pairs), seen.split, seen.split == TEST, {}
+    rate = speeds(reward.backbone, texts, layer)
+    tokens = Tokens(reward.backbone, texts, layer)
+    sets = {job["set"]: (tokens.some(both_sides(test)), seen.part(test).pairs)}
+    for name, other in job["others"].items():
+        rows = load_pairs(Path(other))["test"][:job["other_pairs"]]
+        sets[name] = Tokens(reward.backbone, read(rows), layer), rows
+    sets[None] = tokens, seen.pairs
+    cost = lambda place: len(both_sides(~test)) / rate[place]              # seconds to read train and dev
+
+    def method(name, fit, view, place="to L"):
+        """fit(*view of own pairs) → (read, trained); read(*view) → r_chosen - r_rejected. view(tokens, rows) → what the method sees."""
+        started = time.process_time()
+        difference, trained = fit(*view(*sets[None]))
+        found[name] = {"seconds": time.process_time() - started + (cost(place) if place else 0), "trained": trained,
+                       "texts_a_second": rate.get(place)}
+        differences = {of: [float(d) for d in difference(*view(*what))] for of, what in sets.items()}
+        found[name] |= {"dev": [d for d, s in zip(differences.pop(None), split) if s == DEV], "test": differences}
+
+    def head(seeds=range(5), scale=True, **more):
+        def fit(chosen, rejected):
+            _, weights, difference = stage4.fit_control(chosen, rejected, split, stage4.DENSE, {**SETTINGS, **more}, seeds, scale)
+            return difference, stage3.trained_parameters(weights)
+        return fit
+    sides = lambda x: (x[0::2], x[1::2])
+    responses = lambda rows: [[r[side] for r in rows] for side in SIDES]
+    grams = stage4.word_features(responses(seen.pairs), split)
+    method("sparserm", lambda *_: sparserm(reward, run), lambda tokens, _: sides(tokens.at_l))
+    method("dense", head(), lambda tokens, _: sides(tokens.at_l))
+    method("dense_last", head(), lambda tokens, _: sides(tokens.at_top), "to the top")
+    method("mlp", head(kind="mlp", hidden=512), lambda tokens, _: sides(tokens.at_l))
+    method("swift", lambda tokens: fit_swift(tokens, split), lambda tokens, _: (tokens,))
+    method("words", head((0,), scale=False), lambda _, rows: grams(responses(rows)), None)
+    ways = {"sum": lambda tokens, _: sides(tokens.sums), "mean": lambda tokens, _: sides(tokens.sums / tokens.counts)}
+    for name, view in ways.items():
+        method(name, lambda *_: (np.subtract, 0), view, "to the top")
+    right = {name: np.mean(np.array(found[name]["dev"]) > 0) for name in ways}
+    way = max(right, key=right.get)
+    found["likelihood"] = {**found[way], "seconds": 0.0, "way": way}
+    found["sparserm"]["k"] = reward.meta["k"]
+    return {name: row for name, row in found.items() if name in FROZEN}
+
+
+def both_sides(pairs):
+    """Which pairs (bool [n]) → the places of their texts: chosen, rejected, chosen …"""
+    at = pairs.nonzero().flatten().numpy()
+    return np.stack([2 * at, 2 * at + 1], 1).flatten()
+
+
+def speeds(backbone, texts, layer, count=128):
+    """Texts a second (of processor time), packed as in stage 1, up to block L and up to the last block, on some of the texts."""
+    found, texts = {}, texts[-count:]
+    for place, block in (("to L", layer), ("to the top", len(backbone.blocks) - 1)):
+        started = time.process_time()
+        stage1.residuals(backbone, texts, [block], "last")
+        found[place] = len(texts) / (time.process_time() - started)
+    return found
+
+
+def sparserm(reward, run):
+    """Select and train once more, for the time it takes; the head is that of the run → (read, trained parameters)."""
+    with tempfile.TemporaryDirectory() as folder:
+        for part in ("pairs.jsonl", "activations"):
+            (Path(folder) / part).symlink_to((run / part).resolve())
+        for script, more in ((stage2, ["--sae", reward.meta["sae"]]), (stage3, [])):
+            sys.argv = [script.__name__, "--run", folder, *more]
+            script.main()
+    return lambda chosen, rejected: reward.reward_of(chosen) - reward.reward_of(rejected), stage3.trained_parameters(reward.head)
+
+
+# ---------------------------------------------------------------- jobs
+
+def job_path(job):
+    """Where a job's results lie."""
+    more = f"-lr{job['lr']:g}-seed{job['seed']}" + ("-search" if job["search"] else "") if "lr" in job else ""
+    return Path(job["out"]) / "jobs" / f"{job['set']}-{job['n']}-{job['method']}{more}.json"
+
+
+def do(job, args):
+    """Run one job in a process of its own, unless it is done → its results; None where --finished asks only for what is there."""
+    path = job_path(job)
+    if not path.exists() and not args.finished:
+        print(f"{path.stem} …", file=sys.stderr, flush=True)
+        threads = {name: str(args.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        subprocess.run([sys.executable, __file__, "--job", json.dumps(job)], check=True, stdout=subprocess.DEVNULL,
+                       env={**os.environ, **threads, "TOKENIZERS_PARALLELISM": "false"})
+    return json.loads(path.read_text("utf-8")) if path.exists() else None
+
+
+def run_job(job):
+    """The work of one job, in its own process."""
+    found = run_frozen(job) if job["method"] == "frozen" else {job["method"]: run_peer(job)}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    for row in found.values():
+        row["peak_gib"] = peak
+    files.write_text(job_path(job), json.dumps(found, sort_keys=True) + "\n")
+
+
+def nll(differences, temperature):
+    """Negative log-likelihood of r_chosen - r_rejected → float."""
+    return float(F.softplus(-torch.tensor(differences) / temperature).mean())
+
+
+def temperature_of(row):
+    """Dev's own temperature, for every method by the same rule."""
+    return stage3.fit_temperature(torch.tensor(row["dev"]))
+
+
+def all_jobs(args):
+    """Run what is not done, the cheap jobs first → ({(set, n): {method: [results of each seed]}}, {(set, n): run}, learning rates)."""
+    out, sets = Path(args.out), dict(s.split("=", 1) for s in args.sets)
+    each = lambda values: dict(zip(sets, values if len(values) > 1 else values * len(sets), strict=True))
+    train, search, seeds, first = each(args.train_pairs), each(args.search_pairs), each(args.seeds), next(iter(sets))
+    runs = {(name, n): out / f"{name}-{n}" for name in sets for n in {train[name], *(args.curve if name == first else ())}}
+    for (name, n), run in runs.items():
+        if not (run / "reward_head.safetensors").exists() and not args.finished:
+            print(f"stages 1 to 3: {run.name}", file=sys.stderr, flush=True)
+            prepare(sets[name], run, n, args)
+    pool = concurrent.futures.ThreadPoolExecutor(args.workers)
+
+    def submit(name, n, method, **more):
+        job = {**{key: getattr(args, key) for key in ("model", "layer", "max_length", "epochs", "out", "other_pairs")}, **more,
+               "set": name, "n": n, "method": method, "run": str(runs[name, n if (name, n) in runs else train[name]]),
+               "others": {other: str(runs[other, train[other]]) for other in sets if other != name and n in (train[name], search[name])}}
+        return pool.submit(do, job, args)
+    frozen = {key: submit(*key, "frozen") for key in runs}
+    tried = {(name, method, lr): submit(name, search[name], method, lr=lr, seed=0, search=True)
+             for name in sets for method in RATES for lr in RATES[method] if search[name] and not args.frozen}
+    tried = {key: job.result()[key[1]] for key, job in tried.items() if job.result()}
+    rates = {}
+    for name in sets if tried else ():
+        for method in RATES:
+            of = lambda lr, name=name, method=method: tried.get((name if search[name] else first, method, lr))
+            rates[name, method] = min(filter(of, RATES[method]), key=lambda lr, of=of: nll(of(lr)["dev"], temperature_of(of(lr))))
+    wanted = [(seed, n != train[name], name, n, method) for name, n in runs for method in RATES for seed in range(seeds[name])
+              if rates and (seed == 0 or n == train[name])]
+    final = {(name, n, method, seed): submit(name, n, method, lr=rates[name, method], seed=seed, search=False)
+             for seed, _, name, n, method in sorted(wanted, key=lambda w: w[:2])}
+    found = {key: {method: [row] for method, row in (job.result() or {}).items()} for key, job in frozen.items()}
+    for (name, n, method, _), job in final.items():
+        if job.result():
+            found[name, n].setdefault(method, []).append(job.result()[method])
+    return found, runs, {name: {m: rates[name, m] for m in RATES} for name in sets if rates}
+
+
+# ---------------------------------------------------------------- figures and tables
+
+def figures(found, runs, rates, args):
+    """The results of all jobs → what the tables need."""
+    pairs, result = {key: load_pairs(run) for key, run in runs.items()}, {}
+    own = {name: pairs[name, max(n for other, n in runs if other == name)] for name, _ in runs}
+    for (name, n), methods in found.items():
+        groups = np.array([p["group"] for p in pairs[name, n]["test"]])
+        ours = np.array([row["test"][name] for row in methods["sparserm"]])
+        rows = {}
+        for method, seeds in methods.items():
+            d = np.array([row["test"][name] for row in seeds])
+            rows[method] = {**stage4.summary(d, groups), "behind": stage4.gap(ours, d, groups),
+                            "nll": float(np.mean([nll(row["test"][name], temperature_of(row)) for row in seeds])),
+                            **{key: float(np.mean([row[key] for row in seeds])) for key in ("seconds", "trained", "peak_gib")},
+                            "texts_a_second": seeds[0].get("texts_a_second")}
+            others = {other: seeds[0]["test"][other] for other in own if other != name and other in seeds[0]["test"]}
+            if others:
+                where = np.concatenate([[p["group"] for p in own[other]["test"][:len(x)]] for other, x in others.items()])
+                rows[method]["others"] = {**stage4.summary(np.concatenate(list(others.values()))[None], where),
+                                          "each": {other: float(np.mean(np.array(x) > 0)) for other, x in others.items()}}
+        result.setdefault(name, {})[str(n)] = {"pairs": {split: len(rows) for split, rows in pairs[name, n].items()}, "methods": rows,
+                                               "k": methods["sparserm"][0]["k"], "likelihood": methods["likelihood"][0]["way"]}
+    settings = {key: getattr(args, key) for key in ("layer", "max_length", "epochs", "threads", "train_pairs", "search_pairs", "seeds",
+                                                    "other_pairs")}
+    return {"settings": settings, "rates": rates, "backbone_parameters": args.parameters, "sets": result}
+
+
+NAMES = {"sparserm": "SparseRM", "full": "full fine-tuning (TRL)", "lora": "LoRA (TRL, PEFT)", "dense": "dense head, block L",
+         "dense_last": "dense head, last block", "mlp": "2-layer MLP on z", "swift": "SWIFT-style, block L", "words": "words",
+         "likelihood": "log-likelihood"}
+
+
+def cell(row, mean="accuracy", sign=""):
+    """.586 [.510, .660]"""
+    return importlib.import_module("does_it_hold").interval(row, mean, sign)
+
+
+def table(found):
+    """The figures → markdown: a table for each set with all its train pairs, then the curve over their number."""
+    text, curve = "", {}
+    for name, sizes in found["sets"].items():
+        most = max(sizes, key=int)
+        counts, rows = sizes[most]["pairs"], sizes[most]["methods"]
+        text += (f"| {name}: {counts['train']} train, {counts['test']} test pairs | accuracy | SparseRM minus it | NLL | other sets | "
+                 "trained parameters | seconds | texts/s | peak GiB |\n" + "|---" * 9 + "|\n")
+        for method in (m for m in NAMES if m in rows):
+            row = rows[method]
+            seeds = f" ({len(row['seeds'])} seeds)" if len(row["seeds"]) > 1 else ""
+            share = row["trained"] / found["backbone_parameters"]
+            text += "| " + " | ".join([
+                NAMES[method] + seeds, cell(row), "–" if method == "sparserm" else cell(row["behind"], "mean", "+"), f"{row['nll']:.3f}",
+                cell(row["others"]) if "others" in row else "–", f"{row['trained']:,.0f} ({share:.2g})" if row["trained"] else "0",
+                f"{row['seconds']:,.0f}" if row["seconds"] else "–", f"{row['texts_a_second']:.1f}" if row["texts_a_second"] else "–",
+                f"{row['peak_gib']:.1f}" if method in ("full", "lora", "sparserm") else "–"]) + " |\n"
+        text += "\n"
+        if len(sizes) > 1:
+            curve[name] = sizes
+    for name, sizes in curve.items():
+        ns = sorted(sizes, key=int)
+        text += f"| {name}, train pairs | " + " | ".join(str(sizes[n]["pairs"]["train"]) for n in ns) + " |\n"
+        text += "|---" * (1 + len(ns)) + "|\n"
+        for method in NAMES:
+            if any(method in sizes[n]["methods"] for n in ns):
+                text += f"| {NAMES[method]} | " + " | ".join(cell(sizes[n]["methods"][method]) if method in sizes[n]["methods"] else "–"
+                                                           for n in ns) + " |\n"
+    return text
+
+
+def headline(found):
+    """The figures → markdown: accuracy on every set, and what it costs."""
+    sets = {name: sizes[max(sizes, key=int)] for name, sizes in found["sets"].items()}
+    first = next(iter(sets.values()))["methods"]
+    text = "| | " + " | ".join(f"{name}, {row['pairs']['train']} train pairs" for name, row in sets.items())
+    text += " | parameters trained, of the backbone's | seconds to train | texts scored a second |\n" + "|---" * (4 + len(sets)) + "|\n"
+    for method in (m for m in NAMES if all(m in row["methods"] for row in sets.values())):
+        cost = first[method]
+        text += "| " + " | ".join([
+            NAMES[method], *(cell(row["methods"][method]) for row in sets.values()),
+            f"{cost['trained']:,.0f}, {100 * cost['trained'] / found['backbone_parameters']:.2g} %" if cost["trained"] else "0",
+            *(f"{cost[key]:,.0f}" if cost[key] else "–" for key in ("seconds", "texts_a_second"))]) + " |\n"
+    text += "\n| SparseRM minus | " + " | ".join(sets) + " |\n" + "|---" * (1 + len(sets)) + "|\n"
+    for method in (m for m in NAMES if m != "sparserm" and all(m in row["methods"] for row in sets.values())):
+        text += f"| {NAMES[method]} | " + " | ".join(cell(row["methods"][method]["behind"], "mean", "+") for row in sets.values()) + " |\n"
+    return text
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("sets", nargs="*", metavar="NAME=FILE")
+    p.add_argument("--model", default="demo")
+    p.add_argument("--layer", type=int, default=16)
+    p.add_argument("--sae", default=str(ROOT / "assets/sae-smollm2-135m-layer16.safetensors"))
+    p.add_argument("--train-pairs", type=int, nargs="+", default=[1000], help="at most; one number, or one a set (default 1000)")
+    p.add_argument("--search-pairs", type=int, nargs="+", default=[300], help="for the learning rate; 0: the first set's (default 300)")
+    p.add_argument("--seeds", type=int, nargs="+", default=[3], help="of full and lora (default 3)")
+    p.add_argument("--curve", type=int, nargs="*", default=[100, 300], help="fewer train pairs, on the first set (default 100 300)")
+    p.add_argument("--dev-pairs", type=int, default=150)
+    p.add_argument("--test-pairs", type=int, default=400)
+    p.add_argument("--other-pairs", type=int, default=200, help="test pairs of each other set (default 200)")
+    p.add_argument("--max-length", type=int, default=256, help="tokens of a text (default 256)")
+    p.add_argument("--epochs", type=float, default=1, help="of full and lora (default 1)")
+    p.add_argument("--threads", type=int, default=1, help="of a job (default 1)")
+    p.add_argument("--workers", type=int, default=2, help="jobs at once (default 2)")
+    p.add_argument("--out", default="runs/reward-models")
+    p.add_argument("--frozen", action="store_true", help="without full and lora")
+    p.add_argument("--finished", action="store_true", help="run nothing: the figures of the jobs that are done")
+    p.add_argument("--quick", action="store_true", help="60 train pairs, one seed, no curve: to see it work")
+    p.add_argument("--write", action="store_true", help="into benchmarks/results/reward_models.json")
+    p.add_argument("--tables", action="store_true", help="only print the tables of that file")
+    p.add_argument("--job", help=argparse.SUPPRESS)
+    args = p.parse_args()
+    if args.job:
+        return run_job(json.loads(args.job))
+    if args.tables:
+        return print(*(write(json.loads(RESULTS.read_text("utf-8"))) for write in (headline, table)), sep="\n")
+    if not args.sets or not all("=" in s for s in args.sets):
+        p.error("name the sets: NAME=FILE …")
+    if args.quick:
+        args.train_pairs, args.search_pairs, args.seeds, args.curve, args.dev_pairs, args.test_pairs = [60], [24], [1], [], 40, 40
+        args.out += "-quick"
+    results, runs, rates = all_jobs(args)
+    args.parameters = files.read_meta(next(iter(runs.values())) / "reward_head.safetensors")["parameters"]
+    found = figures(results, runs, rates, args)
+    if args.write:
+        files.write_text(RESULTS, json.dumps(found, indent=1, sort_keys=True) + "\n")
+    print(headline(found), table(found), sep="\n")
+
+
+if __name__ == "__main__":
+    stage1.run_main(main)
