@@ -89,9 +89,9 @@ def select_latents(frequency_chosen, frequency_rejected, k):
     """
     difference = frequency_chosen - frequency_rejected
     k = min(k, int((difference > 0).sum()), int((difference < 0).sum()))
-    falling = torch.sort(difference, descending=True, stable=True).indices[:k]
-    rising = torch.sort(difference, stable=True).indices[:k]
-    return torch.cat([falling, rising])
+    more_in_chosen = torch.sort(difference, descending=True, stable=True).indices[:k]
+    more_in_rejected = torch.sort(difference, stable=True).indices[:k]
+    return torch.cat([more_in_chosen, more_in_rejected])
 
 
 def alignment_scores(hidden, directions):

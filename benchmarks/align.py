@@ -242,13 +242,13 @@ def figures(runs, base, test, questions):
 def table(found):
     """The figures → markdown."""
     cell = lambda r, sign="": interval(r, "mean", sign) if r else "–"
-    columns = ["filter", "pairs kept, of which flipped", *METRICS.values(), "implicit, minus no filter", "MC1, minus no filter"]
+    columns = ["filter", "pairs kept, of which flipped", *METRICS.values(), *(f"{name}, minus no filter" for name in METRICS.values())]
     text = "| " + " | ".join(columns) + " |\n"
-    text += "|---" * 7 + "|\n"
+    text += "|---" * len(columns) + "|\n"
     for name, row in found["filters"].items():
         kept = f"{np.mean(row['kept']):.0f}, {np.mean(row['flipped']) / np.mean(row['kept']):.1%}" if row["kept"] else "–"
         text += "| " + " | ".join([name, kept, *(cell(row.get(m)) for m in METRICS),
-                                   *(cell((row.get(m) or {}).get("minus_none"), "+") for m in ("implicit", "mc1"))]) + " |\n"
+                                   *(cell((row.get(m) or {}).get("minus_none"), "+") for m in METRICS)]) + " |\n"
     return text
 
 

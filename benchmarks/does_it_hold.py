@@ -39,35 +39,51 @@ def run_stages(sets, args):
     return found
 
 
-def interval(row, mean="accuracy", sign=""):
+def interval(row, mean="accuracy", sign="", ends=("low", "high")):
     """.586 [.510, .660]"""
-    return "{} [{}, {}]".format(*(f"{row[n]:{sign}.3f}".replace("0.", ".", 1) for n in (mean, "low", "high")))
+    return "{} [{}, {}]".format(*(f"{row[n]:{sign}.3f}".replace("0.", ".", 1) for n in (mean, *ends)))
+
+
+def half(row):
+    """Accuracy with a tie as half, as the differences have it; how many ties there are."""
+    return interval(row, "ties_half", ends=("half_low", "half_high")) + (f", {row['ties']:.0%} ties" if row["ties"] > 0.005 else "")
+
+
+def head_line(first, found):
+    """The first two lines of a table with a column for each set."""
+    return f"| {first} | " + " | ".join(found) + " |\n" + "|---" * (1 + len(found)) + "|\n"
+
+
+def line(name, cells):
+    """A line of a table."""
+    return f"| {name} | " + " | ".join(cells) + " |\n"
 
 
 def tables(found):
-    """The figures → markdown: accuracy of SparseRM and the controls; SparseRM minus each; K against random directions; other sets,
-    and who wins there."""
-    head = lambda first: f"| {first} | " + " | ".join(found) + " |\n|---" * 1 + "|---" * len(found) + "|\n"
-    line = lambda name, cells: f"| {name} | " + " | ".join(cells) + " |\n"
-    text = head("test accuracy") + line("test pairs / prompts", [f"{r['accuracy']['sparserm']['n']} / {r['accuracy']['sparserm']['groups']}"
-                                                                 for r in found.values()])
+    """The figures → markdown: accuracy of SparseRM and the controls; SparseRM minus each; K against random directions."""
+    text = head_line("test accuracy, a tie as half", found) + line("test pairs / prompts", [
+        f"{r['accuracy']['sparserm']['n']} / {r['accuracy']['sparserm']['groups']}" for r in found.values()])
     text += line("K chosen on dev", [str(r["accuracy"]["sparserm"]["choice"]) for r in found.values()])
     for name in NAMES:
-        text += line(name.replace("_", " "), [interval(r["accuracy"][name]) for r in found.values()])
-    text += "\n" + head("SparseRM minus")
+        text += line(name.replace("_", " "), [half(r["accuracy"][name]) for r in found.values()])
+    text += "\n" + head_line("SparseRM minus", found)
     for name in NAMES[1:]:
         text += line(name.replace("_", " "), [interval(r["differences"][name], "mean", "+") for r in found.values()])
-    text += "\n" + head("minus random directions, at K =")
+    text += "\n" + head_line("minus random directions, at K =", found)
     for k in (1, 2, 4, 8, 16, 32, 64, 128):
         text += line(str(k), [interval(r["curves"]["k"]["random_directions"][str(k)]["behind"], "mean", "+")
                               if str(k) in r["curves"]["k"]["random_directions"] else "–" for r in found.values()])
-    text += "\n" + head("trained on ↓, tested on →")
+    return text
+
+
+def other_tables(found):
+    """The figures → markdown: every head on every set, and who wins there."""
+    text = head_line("trained on ↓, tested on →", found)
     for name, r in found.items():
         text += line(name, [interval(r["other"][other]) if other != name else interval(r["accuracy"]["sparserm"]) for other in found])
     across = [row for r in found.values() for row in r["other"].values()]
     if all("controls" in row for row in across):
-        text += (f"\n| trained on one set, tested on another: of {len(across)} couples | SparseRM better | not told apart | worse |\n"
-                 "|---|---|---|---|\n")
+        text += "\n" + head_line(f"of {len(across)} couples", ("SparseRM better", "not told apart", "worse"))
         for name in NAMES[1:]:
             behind = [row["controls"][name]["behind"] for row in across]
             better, worse = sum(b["low"] > 0 for b in behind), sum(b["high"] < 0 for b in behind)
@@ -100,7 +116,7 @@ def main():
         report = importlib.import_module("parts.report")
         curve = {n: first["curves"]["k"][n] for n in ("sparserm", "random_directions", "activations", "dense")}
         report.picture(lambda axes: report.curve_plot(axes, curve, f"K, directions a side ({name})"), args.picture)
-    print(tables(found))
+    print(tables(found), other_tables(found), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """The README cannot rot: its commands are run, its code is the scripts', its tables and figures are those of benchmarks/results."""
 
+import ast
 import importlib
 import importlib.util
+import inspect
 import json
 import re
 import shlex
@@ -37,6 +39,7 @@ def results(name):
 # ---------------------------------------------------------------- tables
 
 TABLES = [("README.md", "does_it_hold", "does_it_hold", lambda script, found: script.tables(found)),
+          ("benchmarks/README.md", "other_sets", "does_it_hold", lambda script, found: script.other_tables(found)),
           ("benchmarks/README.md", "extract", "extract", lambda script, found: script.table(found["speed"])),
           ("benchmarks/README.md", "rank", "rank_answers", lambda script, found: script.table(found)),
           ("README.md", "align", "align", lambda script, found: script.table(found))]
@@ -152,7 +155,7 @@ def test_the_commands_that_are_not_run_are_those_of_make_and_benchmarks():
 def test_python_of_the_readme_is_run_or_is_a_passage_of_a_script(played):
     folder, _ = played
     sources = [(tiny.ROOT / script).read_text(encoding="utf-8") for script in SCRIPTS]
-    passages = [text for kind, text in BLOCKS if kind == "python" and not text.startswith("import ")]
+    passages = [text for kind, text in BLOCKS if kind == "python" and not text.startswith("import ") and "your/policy" not in text]
     assert len(passages) >= 6
     for text in passages:
         assert any(text in source for source in sources), text
@@ -170,6 +173,16 @@ def test_python_of_the_readme_is_run_or_is_a_passage_of_a_script(played):
         else:
             found = space["reward"].explain("Why is the sky blue?", "It reflects the sea.")
             assert found["reward"] == pytest.approx(found["bias"] + sum(c["contribution"] for c in found["contributions"]), abs=1e-4)
+
+
+def test_what_the_readme_hands_to_a_trainer_are_arguments_of_it():
+    """tests/test_trainers.py trains with them; here only the names."""
+    trl = pytest.importorskip("trl")
+    calls = [node for kind, text in BLOCKS if kind == "python" and "your/policy" in text for node in ast.walk(ast.parse(text))
+             if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("DPOTrainer", "DPOConfig", "GRPOTrainer")]
+    assert len(calls) == 3
+    for call in calls:
+        assert {keyword.arg for keyword in call.keywords} <= set(inspect.signature(getattr(trl, call.func.id)).parameters)
 
 
 def test_the_files_hold_what_peek_shows_of_them(played):
@@ -194,3 +207,74 @@ def test_every_file_of_the_repository_that_the_readme_names_exists():
         assert (tiny.ROOT / name).exists(), name
     headings = {re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-") for h in re.findall(r"^##+ (.*)", README, re.M)}
     assert set(re.findall(r"\]\(#([\w-]+)\)", README)) <= headings
+
+
+# ---------------------------------------------------------------- figures in the prose
+
+def claims():
+    """What the prose says of results, written from the results → sentences and phrases that must stand in the README."""
+    cell = load(tiny.ROOT / "benchmarks/does_it_hold.py").interval
+    number = lambda x: f"{x:.3f}".replace("0.", ".", 1)
+    hold, heads, align = results("does_it_hold"), results("heads"), results("align")
+    clear = {name: ", ".join(sorted((k for k, row in r["curves"]["k"]["random_directions"].items() if row["behind"]["low"] > 0), key=int))
+             for name, r in hold.items()}
+    yield (f"on TruthfulQA at K = {clear['TruthfulQA']}, on RM-Bench safety at K = {clear['RM-Bench-safety']}, on `truthful` at K = "
+           f"{clear['truthful']}, on `safe` at K = {clear['safe']}. From K = 32 on")
+    assert not clear["HH-harmless"] and not clear["PyRIT"]
+    yield f"PyRIT ({hold['PyRIT']['accuracy']['sparserm']['n']} test pairs) no K is clear"
+    yield "Dev chooses K = {} or {}".format(*sorted({r["accuracy"]["sparserm"]["choice"] for r in hold.values()}))
+    better = lambda control: [n for n, r in hold.items() if r["differences"][control]["low"] > 0]
+    worse = lambda control: [n for n, r in hold.items() if r["differences"][control]["high"] < 0]
+    assert not better("random_directions") and not worse("random_directions")
+    least = min((r["differences"]["random_directions"]["high"], name) for name, r in hold.items())
+    yield f"its upper end is {least[0]:+.3f} on {least[1]}".replace("+0.", "+.")
+    ours = hold["TruthfulQA"]["curves"]["k"]["sparserm"]
+    dense = hold["TruthfulQA"]["accuracy"]["dense"]["accuracy"]
+    yield f"({number(ours['4']['ties_half'])} at K = 4, {number(ours['16']['ties_half'])} at 16; dense {number(dense)})"
+    yield "Projection beats activation*: clearly on {} and `{}`".format(*better("activations"))
+    assert worse("dense") == ["RM-Bench-safety"] and not better("dense")
+    yield f"level elsewhere (TruthfulQA {cell(hold['TruthfulQA']['differences']['dense'], 'mean', '+')})".replace("-0", "-")
+    yield "More than the wording*: clearly on `{}` and `{}`".format(*better("words"))
+    across = [row for r in hold.values() for row in r["other"].values()]
+    yield "of {} couples the accuracy is clearly above one half on {} and clearly below on {}".format(
+        len(across), sum(row["low"] > 0.5 for row in across), sum(row["high"] < 0.5 for row in across))
+    best = max((row["accuracy"], a, b) for a, r in hold.items() for b, row in r["other"].items())
+    yield f"the best is {best[1]} → {best[2]}, {number(best[0])}"
+    def won_and_lost(control):
+        behind = [row["controls"][control]["behind"] for row in across]
+        return sum(b["low"] > 0 for b in behind), sum(b["high"] < 0 for b in behind)
+    yield "SparseRM is clearly better than the dense head on {} and worse on {}, than random directions on {} and {}".format(
+        *won_and_lost("dense"), *won_and_lost("random_directions"))
+    yield "linear heads give {} (Bradley–Terry), {} (margin) and {} (BCE), an MLP {}, {} and {}".format(
+        *(number(heads[f"{kind} {loss}"]["accuracy"]) for kind in ("linear", "mlp") for loss in ("bt", "margin", "bce")))
+    assert all(row["minus_linear_bt"]["low"] <= 0 <= row["minus_linear_bt"]["high"] for row in heads.values())
+    stable = [hold[name]["stability"] for name in ("truthful", "safe")]
+    yield "{:.0%} (`truthful`) and {:.0%} (`safe`) of the latents would be chosen again, by chance alone {:.0%} and {:.0%}".format(
+        *(s[key] for key in ("mean", "chance") for s in stable)).replace("%", " %")
+    yield f"the wording alone gets {number(hold['TruthfulQA']['accuracy']['words']['ties_half'])} on TruthfulQA"
+    kept, none = align["filters"]["sparserm"], align["filters"]["none"]
+    flipped, right = 1 - sum(kept["flipped"]) / sum(none["flipped"]), 1 - (sum(kept["kept"]) - sum(kept["flipped"])) / (
+        sum(none["kept"]) - sum(none["flipped"]))
+    yield f"takes out {flipped:.0%} of the flipped labels and {right:.0%} of the right ones".replace("%", " %")
+    yield (f"flips {align['noise']:.0%} of the labels of {align['counts']['policy']} pairs, filters them by a SparseRM trained on "
+           f"{align['counts']['reward']} *other*").replace("%", " %")
+    yield f"({align['counts']['test']} pairs, {align['counts']['questions']} multiple-choice questions"
+    yield from (row["says"] for row in results("read_off") if "faults" not in row["command"])
+
+
+PUBLISHED = ["(arXiv 2511.07896, AAAI-26)", "*SparseRM*, arXiv 2511.07896", "2508.08746", "2507.00665", "2505.12225", "1.4 to 2.9 points",
+             "top-K directions 94.4 / 90.2 / 93.6, random directions 93.0 / 88.0 / 90.7", "SAE activations 92.4 / 88.4 / 91.4",
+             "Bradley–Terry 94.0 / 88.7 / 91.4", "BCE 85.7 / 83.1 / 86.3", "dense hidden state 94.7",
+             "dense 78.7, fine-tuned 78.7, SparseRM 79.9", "about 0.63 is what two annotators share"]
+SETTINGS = ["Python 3.11+", "Apache-2.0", "95 % intervals", "Adam 0.01, L2 0.1", "70 % of the set", "Llama-3.1-8B", "about a minute", "below 0.2 (stage 2 warns)"]
+
+
+def test_every_figure_in_the_prose_is_that_of_a_result():
+    prose = re.sub(r"<!-- (\w+) -->.*?<!-- end -->|```.*?```", "", README, flags=re.S)
+    prose = " ".join(prose.split())
+    for claim in [*claims(), *PUBLISHED, *SETTINGS]:
+        assert claim in prose, claim
+    for claim in [*claims(), *PUBLISHED, *SETTINGS]:
+        prose = prose.replace(claim, "")
+    prose = re.sub(r"`[^`]*`", "", prose)
+    assert not re.findall(r"(?:\w+ ){0,4}(?<!\w)[-−+]?(?:\d*\.\d+|\d+ %)", prose)

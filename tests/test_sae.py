@@ -5,12 +5,14 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from functools import partial
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from safetensors.torch import save_file
 
@@ -386,3 +388,11 @@ def test_info_prints_layout_and_width_and_a_missing_file_is_one_line_and_exit_co
     good, bad = call(write(tmp_path, "llama scope", moss())), call(tmp_path / "missing")
     assert good.returncode == 0 and "Llama Scope" in good.stdout and f"{D} → {M}" in good.stdout, good.stderr
     assert bad.returncode == 2 and bad.stdout == "" and re.fullmatch(r"error: .*missing.*\n", bad.stderr)
+
+
+def test_sae_py_copied_alone_into_another_folder_reads_an_sae(tmp_path):
+    shutil.copy(tiny.ROOT / "sae.py", tmp_path)
+    path = tiny.save_sae(tmp_path / "own.safetensors")
+    code = f"import torch; from sae import load_sae; print(load_sae({path!r}).encode(torch.ones(2, {tiny.WIDTH})).shape)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
+    assert "torch.Size([2, 64])" in done.stdout, done.stderr
