@@ -166,7 +166,7 @@ def find_checkpoint(path, revision=None):
 
 def fetch(name, revision=None):
     """REPO[:SUBFOLDER or file] of the hub → local path; only the files of that subfolder are fetched."""
-    if Path(__file__).with_name("parts").exists():
+    if Path(__file__).with_name("01_extract.py").exists():
         importlib.import_module("parts.models").await_hub()
     from huggingface_hub import snapshot_download
     repo, _, inside = name.partition(":")

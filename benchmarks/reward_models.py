@@ -18,8 +18,9 @@ beginning. Splits are those of stage 1. Everything is fitted on train; learning 
     likelihood      the backbone's own log-likelihood of the response; sum or mean a token, by dev
 
 full and lora try every learning rate on --search-pairs train pairs with one seed (0: the rate that won on the first set); the one with
-the lowest dev NLL trains on all with --seeds seeds. A job (one fit) is a process of its own with --threads threads; its seconds are
-processor time, so other work on the machine changes them little. Finished jobs lie in --out/jobs and are not run again.
+the lowest dev NLL trains on all with --seeds seeds. Their number of epochs is not searched, and they do not stop early. A job (one fit) is
+a process of its own with --threads threads. Seconds are processor time of training alone (for a frozen backbone: of reading train and
+dev, and of fitting, the search included; for full and lora without the search). Finished jobs lie in --out/jobs and are not run again.
 """
 
 import argparse
@@ -46,8 +47,8 @@ stage1, stage2, stage3, stage4 = (importlib.import_module(n) for n in
                                   ("01_extract", "02_select_features", "03_train_head", "04_evaluate"))
 RESULTS = ROOT / "benchmarks/results/reward_models.json"
 FROZEN = ("sparserm", "dense", "dense_last", "mlp", "swift", "words", "likelihood")
-PEERS = ("datasets", "peft", "transformers", "trl")
 RATES = {"full": (1e-5, 3e-5, 1e-4), "lora": (1e-4, 3e-4, 1e-3)}
+SAME = ("model", "layer", "sae", "max_length", "epochs", "threads", "dev_pairs", "test_pairs", "other_pairs")       # in one --out folder
 SIDES, DEV, TEST = stage4.SIDES, stage1.DEV, stage1.TEST
 SETTINGS = {"lr": 0.01, "weight_decay": 0.1, "epochs": 200, "patience": 20}         # of stage 3
 
@@ -73,7 +74,7 @@ def prepare(file, run, train_pairs, args):
     """A file of pairs → run/cut.jsonl with `train_pairs` train pairs, and stages 1 to 3 on it."""
     tokenizer, rows = stage1.load_tokenizer(args.model), []
     for n, (_, raw) in enumerate(stage1.read_rows(file)):
-        for prompt, *both in rows_of.pairs_of_row(raw):
+        for prompt, *both in rows_of.usable_pairs(tokenizer, raw, None, None)[0]:
             chosen, rejected = (cut_response(tokenizer, prompt, text, args.max_length) for text in both)
             rows.append({"id": f"{n}-{raw.get('id', '')}", "prompt": prompt, "chosen": chosen, "rejected": rejected,
                          "question": stage1.question_of(prompt), "split": stage1.split_of(prompt)})
@@ -81,8 +82,14 @@ def prepare(file, run, train_pairs, args):
     kept = [row for split, count in counts.items() for row in some([r for r in rows if r["split"] == split], count)]
     files.write_rows(run / "cut.jsonl", [{n: r[n] for n in ("id", "prompt", "chosen", "rejected")} for r in kept])
     extract = ["--pairs", run / "cut.jsonl", "--model", args.model, "--layer", args.layer, "--max-length", args.max_length]
+    peak = 0
     for script, more in (("01_extract.py", extract), ("02_select_features.py", ["--sae", args.sae]), ("03_train_head.py", [])):
-        subprocess.run([sys.executable, ROOT / script, "--run", run, *map(str, more)], check=True, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen([sys.executable, ROOT / script, "--run", run, *map(str, more)], stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            raise files.UserError(f"{script} failed · {run} · its own line above says why")
+        peak = max(peak, usage.ru_maxrss / 2**20)
+    files.write_text(run / "peak.json", json.dumps({"peak_gib": peak}) + "\n")
 
 
 def load_pairs(run):
@@ -113,9 +120,11 @@ def last_rewards(backbone, texts):
 
 
 def fine_tune(job, rows, tokenizer):
-    """TRL's RewardTrainer on tokenised pairs → (the model with its LoRA merged, trained parameters)."""
-    datasets, peft, transformers, trl = (importlib.import_module(n) for n in PEERS)
+    """TRL's RewardTrainer on tokenised pairs → (the model with its LoRA merged, trained parameters, seconds of training)."""
+    datasets, peft, transformers, trl = (importlib.import_module(n) for n in ("datasets", "peft", "transformers", "trl"))
     texts = rendered(tokenizer, rows, job["max_length"])
+    if any(text.ids[-1] == tokenizer.pad_token_id for text in texts):
+        raise files.UserError("texts end with the pad token, so RewardTrainer would read another one · the chat template · set another pad")
     data = datasets.Dataset.from_list([{"chosen_ids": a.ids, "rejected_ids": b.ids} for a, b in zip(texts[::2], texts[1::2])])
     transformers.set_seed(job["seed"])
     model = transformers.AutoModelForSequenceClassification.from_pretrained(models.locate_model(job["model"]), num_labels=1,
@@ -124,31 +133,38 @@ def fine_tune(job, rows, tokenizer):
     settings = trl.RewardConfig(
         output_dir=str(Path(job["out"]) / "trainer" / str(os.getpid())), learning_rate=job["lr"], num_train_epochs=job["epochs"],
         per_device_train_batch_size=2, gradient_accumulation_steps=4, warmup_steps=max(1, len(rows) // 80), seed=job["seed"],
-        max_length=None, bf16=False, gradient_checkpointing=False, use_cpu=not torch.cuda.is_available(), report_to="none",
-        save_strategy="no", disable_tqdm=True, logging_steps=20)
+        max_length=None, bf16=False, gradient_checkpointing=False, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
+        logging_steps=20)
     trainer = trl.RewardTrainer(model=model, args=settings, train_dataset=data, peft_config=lora, processing_class=tokenizer)
-    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    trained, started = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad), time.process_time()
     trainer.train()
-    return (trainer.model.merge_and_unload() if lora else trainer.model), trained
+    return (trainer.model.merge_and_unload() if lora else trainer.model), trained, time.process_time() - started
 
 
 def run_peer(job):
     """One fit of `full` or `lora` → its results."""
     tokenizer, pairs = stage1.load_tokenizer(job["model"]), load_pairs(Path(job["run"]))
-    for name in PEERS:                          # before the clock starts
-        importlib.import_module(name)
-    started = time.process_time()
-    model, trained = fine_tune(job, some([r | {"question": str(r["group"])} for r in pairs["train"]], job["n"]), tokenizer)
-    seconds = time.process_time() - started
+    train = [r | {"question": stage1.question_of(r["prompt"])} for r in pairs["train"]]
+    train = some(train, job["n"]) if job["search"] else train
+    model, trained, seconds = fine_tune(job, train, tokenizer)
     backbone = stage1.make_backbone(model, tokenizer, {"model": job["model"]})
-    differ = lambda rows: torch.sub(*last_rewards(backbone, rendered(tokenizer, rows, job["max_length"])).view(-1, 2).T).tolist()
-    found, started = {"dev": differ(pairs["dev"]), "test": {}, "trained": trained, "seconds": seconds}, time.process_time()
+    texts = lambda rows: rendered(tokenizer, rows, job["max_length"])
+    differ = lambda rows: torch.sub(*last_rewards(backbone, texts(rows)).view(-1, 2).T).tolist()
+    found = {"pairs": len(train), "dev": differ(pairs["dev"]), "test": {}, "trained": trained, "seconds": seconds}
     if not job["search"]:
         found["test"][job["set"]] = differ(pairs["test"])
-        found["texts_a_second"] = 2 * len(pairs["test"]) / (time.process_time() - started)
+        found["texts_a_second"] = speed(lambda some: last_rewards(backbone, some), texts(pairs["test"]))
         for name, run in job["others"].items() if job["seed"] == 0 else ():
             found["test"][name] = differ(load_pairs(Path(run))["test"][:job["other_pairs"]])
     return found
+
+
+def speed(read, texts, count=128):
+    """Rendered texts a second of processor time, on the last `count` of them, after a first call on a few."""
+    read(texts[-8:])
+    started = time.process_time()
+    read(texts[-count:])
+    return len(texts[-count:]) / (time.process_time() - started)
 
 
 # ---------------------------------------------------------------- methods on the frozen backbone
@@ -197,10 +213,10 @@ def gated_rewards(weights, z, owner, count):
 
 
 def fit_swift(tokens, split, decays=(0.001, 0.01, 0.1), lr=0.01, epochs=200, patience=20, batch=64):
-    """Bradley-Terry on gated token rewards; the L2 penalty and when to stop by dev → (read(tokens) → r_chosen - r_rejected [n], trained
-    parameters)."""
-    mean, std = tokens.z.mean(0), tokens.z.std(0) + 1e-6
-    best, kept = float("inf"), None
+    """Bradley-Terry on gated token rewards, z standardised on train; the L2 penalty and when to stop by dev → (read(tokens) →
+    r_chosen - r_rejected [n], trained parameters)."""
+    seen = tokens.z[tokens.owner(both_sides(split == stage1.TRAIN))[0]]
+    mean, std, best, kept = seen.mean(0), seen.std(0) + 1e-6, float("inf"), None
 
     def rewards(weights, tokens, pairs):
         places, owner = tokens.owner(np.stack([2 * pairs, 2 * pairs + 1], 1).flatten())
@@ -234,7 +250,9 @@ def run_frozen(job):
     seen = stage4.Pairs(run, stage2.shard_files(run, layer)[0])
     read = lambda rows: rendered(reward.backbone.tokenizer, rows, job["max_length"])
     texts, split, test, found = read(seen.pairs), seen.split, seen.split == TEST, {}
-    rate = speeds(reward.backbone, texts, layer)
+    top = len(reward.backbone.blocks) - 1
+    rate = {place: speed(lambda some, block=block: stage1.residuals(reward.backbone, some, [block], "last"), texts)
+            for place, block in (("to L", layer), ("to the top", top))}
     tokens = Tokens(reward.backbone, texts, layer)
     sets = {job["set"]: (tokens.some(both_sides(test)), seen.part(test).pairs)}
     for name, other in job["others"].items():
@@ -282,24 +300,19 @@ def both_sides(pairs):
     return np.stack([2 * at, 2 * at + 1], 1).flatten()
 
 
-def speeds(backbone, texts, layer, count=128):
-    """Texts a second (of processor time), packed as in stage 1, up to block L and up to the last block, on some of the texts."""
-    found, texts = {}, texts[-count:]
-    for place, block in (("to L", layer), ("to the top", len(backbone.blocks) - 1)):
-        started = time.process_time()
-        stage1.residuals(backbone, texts, [block], "last")
-        found[place] = len(texts) / (time.process_time() - started)
-    return found
-
-
 def sparserm(reward, run):
-    """Select and train once more, for the time it takes; the head is that of the run → (read, trained parameters)."""
+    """Select and train once more, for the time it takes; the head must be that of the run → (read, trained parameters)."""
+    given = sys.argv
     with tempfile.TemporaryDirectory() as folder:
         for part in ("pairs.jsonl", "activations"):
             (Path(folder) / part).symlink_to((run / part).resolve())
         for script, more in ((stage2, ["--sae", reward.meta["sae"]]), (stage3, [])):
             sys.argv = [script.__name__, "--run", folder, *more]
             script.main()
+        again = files.load_stage(Path(folder) / "reward_head.safetensors")[0]
+    sys.argv = given
+    if again["w1"].shape != reward.tensors["w1"].shape or not torch.allclose(again["w1"], reward.tensors["w1"], atol=1e-3):
+        raise files.UserError(f"trained again, the head is another one · {run} · delete this folder")
     return lambda chosen, rejected: reward.reward_of(chosen) - reward.reward_of(rejected), stage3.trained_parameters(reward.head)
 
 
@@ -326,8 +339,8 @@ def run_job(job):
     """The work of one job, in its own process."""
     found = run_frozen(job) if job["method"] == "frozen" else {job["method"]: run_peer(job)}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    for row in found.values():
-        row["peak_gib"] = peak
+    for name, row in found.items():
+        row["peak_gib"] = peak if name in RATES else None                # all frozen methods share a process
     files.write_text(job_path(job), json.dumps(found, sort_keys=True) + "\n")
 
 
@@ -341,12 +354,21 @@ def temperature_of(row):
     return stage3.fit_temperature(torch.tensor(row["dev"]))
 
 
+def same_settings(path, sets, args):
+    """Refuse to mix jobs of other settings or data in one folder."""
+    now = {**{n: getattr(args, n) for n in SAME}, "sets": {name: files.file_hash(file) for name, file in sets.items()}}
+    if path.exists() and json.loads(path.read_text("utf-8")) != now:
+        raise files.UserError(f"its jobs were made with other settings or data · {path} · pass another --out")
+    files.write_text(path, json.dumps(now, indent=1, sort_keys=True) + "\n")
+
+
 def all_jobs(args):
     """Run what is not done, the cheap jobs first → ({(set, n): {method: [results of each seed]}}, {(set, n): run}, learning rates)."""
     out, sets = Path(args.out), dict(s.split("=", 1) for s in args.sets)
     each = lambda values: dict(zip(sets, values if len(values) > 1 else values * len(sets), strict=True))
     train, search, seeds, first = each(args.train_pairs), each(args.search_pairs), each(args.seeds), next(iter(sets))
     runs = {(name, n): out / f"{name}-{n}" for name in sets for n in {train[name], *(args.curve if name == first else ())}}
+    same_settings(out / "settings.json", sets, args)
     for (name, n), run in runs.items():
         if not (run / "reward_head.safetensors").exists() and not args.finished:
             print(f"stages 1 to 3: {run.name}", file=sys.stderr, flush=True)
@@ -358,6 +380,15 @@ def all_jobs(args):
                "set": name, "n": n, "method": method, "run": str(runs[name, n if (name, n) in runs else train[name]]),
                "others": {other: str(runs[other, train[other]]) for other in sets if other != name and n in (train[name], search[name])}}
         return pool.submit(do, job, args)
+    try:
+        return gather(args, submit, runs, {"train": train, "search": search, "seeds": seeds})
+    finally:
+        pool.shutdown(cancel_futures=True)          # Ctrl-C or a failed job: the waiting ones do not start
+
+
+def gather(args, submit, runs, of):
+    """Submit all jobs, the final fits of full and lora when their learning rates are known → as all_jobs."""
+    train, search, seeds, sets = of["train"], of["search"], of["seeds"], list(of["train"])
     frozen = {key: submit(*key, "frozen") for key in runs}
     tried = {(name, method, lr): submit(name, search[name], method, lr=lr, seed=0, search=True)
              for name in sets for method in RATES for lr in RATES[method] if search[name] and not args.frozen}
@@ -365,15 +396,15 @@ def all_jobs(args):
     rates = {}
     for name in sets if tried else ():
         for method in RATES:
-            of = lambda lr, name=name, method=method: tried.get((name if search[name] else first, method, lr))
+            of = lambda lr, name=name, method=method: tried.get((name if search[name] else sets[0], method, lr))
             rates[name, method] = min(filter(of, RATES[method]), key=lambda lr, of=of: nll(of(lr)["dev"], temperature_of(of(lr))))
     wanted = [(seed, n != train[name], name, n, method) for name, n in runs for method in RATES for seed in range(seeds[name])
               if rates and (seed == 0 or n == train[name])]
     final = {(name, n, method, seed): submit(name, n, method, lr=rates[name, method], seed=seed, search=False)
              for seed, _, name, n, method in sorted(wanted, key=lambda w: w[:2])}
-    found = {key: {method: [row] for method, row in (job.result() or {}).items()} for key, job in frozen.items()}
+    found = {key: {method: [row] for method, row in job.result().items()} for key, job in frozen.items() if job.result()}
     for (name, n, method, _), job in final.items():
-        if job.result():
+        if job.result() and (name, n) in found:
             found[name, n].setdefault(method, []).append(job.result()[method])
     return found, runs, {name: {m: rates[name, m] for m in RATES} for name in sets if rates}
 
@@ -392,17 +423,20 @@ def figures(found, runs, rates, args):
             d = np.array([row["test"][name] for row in seeds])
             rows[method] = {**stage4.summary(d, groups), "behind": stage4.gap(ours, d, groups),
                             "nll": float(np.mean([nll(row["test"][name], temperature_of(row)) for row in seeds])),
-                            **{key: float(np.mean([row[key] for row in seeds])) for key in ("seconds", "trained", "peak_gib")},
-                            "texts_a_second": seeds[0].get("texts_a_second")}
-            others = {other: seeds[0]["test"][other] for other in own if other != name and other in seeds[0]["test"]}
+                            **{key: float(np.mean([row[key] for row in seeds])) for key in ("seconds", "trained")},
+                            **{key: seeds[0].get(key) for key in ("texts_a_second", "peak_gib")}}
+            others = [other for other in own if other != name and other in seeds[0]["test"]]
             if others:
-                where = np.concatenate([[p["group"] for p in own[other]["test"][:len(x)]] for other, x in others.items()])
-                rows[method]["others"] = {**stage4.summary(np.concatenate(list(others.values()))[None], where),
-                                          "each": {other: float(np.mean(np.array(x) > 0)) for other, x in others.items()}}
+                pooled = lambda row, others=others: np.concatenate([row["test"][other] for other in others])[None]
+                where = np.concatenate([[p["group"] for p in own[other]["test"][:len(seeds[0]["test"][other])]] for other in others])
+                rows[method]["others"] = {**stage4.summary(pooled(seeds[0]), where), "names": others,
+                                          "behind": stage4.gap(pooled(methods["sparserm"][0]), pooled(seeds[0]), where)}
+        peak = runs[name, n] / "peak.json"
+        rows["sparserm"]["peak_gib"] = json.loads(peak.read_text("utf-8"))["peak_gib"] if peak.exists() else None
         result.setdefault(name, {})[str(n)] = {"pairs": {split: len(rows) for split, rows in pairs[name, n].items()}, "methods": rows,
                                                "k": methods["sparserm"][0]["k"], "likelihood": methods["likelihood"][0]["way"]}
-    settings = {key: getattr(args, key) for key in ("layer", "max_length", "epochs", "threads", "train_pairs", "search_pairs", "seeds",
-                                                    "other_pairs")}
+    settings = {key: getattr(args, key) for key in (*SAME, "train_pairs", "search_pairs", "seeds", "curve")} | {
+        "model": Path(args.model).name, "sae": Path(args.sae).name, "rates": RATES, "torch": torch.__version__}
     return {"settings": settings, "rates": rates, "backbone_parameters": args.parameters, "sets": result}
 
 
@@ -411,57 +445,55 @@ NAMES = {"sparserm": "SparseRM", "full": "full fine-tuning (TRL)", "lora": "LoRA
          "likelihood": "log-likelihood"}
 
 
-def cell(row, mean="accuracy", sign=""):
-    """.586 [.510, .660]"""
-    return importlib.import_module("does_it_hold").interval(row, mean, sign)
+HOLD = importlib.import_module("does_it_hold")
+cell, difference = HOLD.half, lambda row: HOLD.interval(row, "mean", "+")
 
 
 def table(found):
     """The figures → markdown: a table for each set with all its train pairs, then the curve over their number."""
-    text, curve = "", {}
+    text, parts = "", found["backbone_parameters"]
     for name, sizes in found["sets"].items():
-        most = max(sizes, key=int)
-        counts, rows = sizes[most]["pairs"], sizes[most]["methods"]
-        text += (f"| {name}: {counts['train']} train, {counts['test']} test pairs | accuracy | SparseRM minus it | NLL | other sets | "
-                 "trained parameters | seconds | texts/s | peak GiB |\n" + "|---" * 9 + "|\n")
+        counts, rows = sizes[max(sizes, key=int)]["pairs"], sizes[max(sizes, key=int)]["methods"]
+        text += HOLD.head_line(f"{name}: {counts['train']} train, {counts['test']} test pairs", (
+            "accuracy", "SparseRM minus it", "NLL", "other sets", "SparseRM minus it, there", "trained parameters", "seconds", "texts/s",
+            "peak GiB"))
         for method in (m for m in NAMES if m in rows):
-            row = rows[method]
-            seeds = f" ({len(row['seeds'])} seeds)" if len(row["seeds"]) > 1 else ""
-            share = row["trained"] / found["backbone_parameters"]
-            text += "| " + " | ".join([
-                NAMES[method] + seeds, cell(row), "–" if method == "sparserm" else cell(row["behind"], "mean", "+"), f"{row['nll']:.3f}",
-                cell(row["others"]) if "others" in row else "–", f"{row['trained']:,.0f} ({share:.2g})" if row["trained"] else "0",
-                f"{row['seconds']:,.0f}" if row["seconds"] else "–", f"{row['texts_a_second']:.1f}" if row["texts_a_second"] else "–",
-                f"{row['peak_gib']:.1f}" if method in ("full", "lora", "sparserm") else "–"]) + " |\n"
+            row, other = rows[method], rows[method].get("others")
+            text += HOLD.line(NAMES[method] + (f" ({len(row['seeds'])} seeds)" if len(row["seeds"]) > 1 else ""), [
+                cell(row), "–" if method == "sparserm" else difference(row["behind"]), f"{row['nll']:.3f}", cell(other) if other else "–",
+                difference(other["behind"]) if other and method != "sparserm" else "–",
+                f"{row['trained']:,.0f} ({100 * row['trained'] / parts:.3g} %)" if row["trained"] else "0",
+                *(f"{row[key]:{form}}" if row[key] else "–" for key, form in (("seconds", ",.0f"), ("texts_a_second", ".1f"),
+                                                                              ("peak_gib", ".1f")))])
         text += "\n"
-        if len(sizes) > 1:
-            curve[name] = sizes
-    for name, sizes in curve.items():
+    for name, sizes in found["sets"].items():
         ns = sorted(sizes, key=int)
-        text += f"| {name}, train pairs | " + " | ".join(str(sizes[n]["pairs"]["train"]) for n in ns) + " |\n"
-        text += "|---" * (1 + len(ns)) + "|\n"
-        for method in NAMES:
-            if any(method in sizes[n]["methods"] for n in ns):
-                text += f"| {NAMES[method]} | " + " | ".join(cell(sizes[n]["methods"][method]) if method in sizes[n]["methods"] else "–"
-                                                           for n in ns) + " |\n"
+        if len(ns) > 1:
+            text += HOLD.head_line(f"{name}, train pairs (full and LoRA: first seed)", [str(sizes[n]["pairs"]["train"]) for n in ns])
+            for method in (m for m in NAMES if any(m in sizes[n]["methods"] for n in ns)):
+                text += HOLD.line(NAMES[method], [curve_cell(sizes[n]["methods"].get(method)) for n in ns])
     return text
 
 
+def curve_cell(row):
+    """The first seed's accuracy; with its interval where there is no other seed."""
+    return "–" if row is None else cell(row) if len(row["seeds"]) == 1 else f"{row['seeds'][0]:.3f}".replace("0.", ".", 1)
+
+
 def headline(found):
-    """The figures → markdown: accuracy on every set, and what it costs."""
+    """The figures → markdown: accuracy on every set, SparseRM minus each, and what it costs on the first set."""
     sets = {name: sizes[max(sizes, key=int)] for name, sizes in found["sets"].items()}
-    first = next(iter(sets.values()))["methods"]
-    text = "| | " + " | ".join(f"{name}, {row['pairs']['train']} train pairs" for name, row in sets.items())
-    text += " | parameters trained, of the backbone's | seconds to train | texts scored a second |\n" + "|---" * (4 + len(sets)) + "|\n"
-    for method in (m for m in NAMES if all(m in row["methods"] for row in sets.values())):
-        cost = first[method]
-        text += "| " + " | ".join([
-            NAMES[method], *(cell(row["methods"][method]) for row in sets.values()),
-            f"{cost['trained']:,.0f}, {100 * cost['trained'] / found['backbone_parameters']:.2g} %" if cost["trained"] else "0",
-            *(f"{cost[key]:,.0f}" if cost[key] else "–" for key in ("seconds", "texts_a_second"))]) + " |\n"
-    text += "\n| SparseRM minus | " + " | ".join(sets) + " |\n" + "|---" * (1 + len(sets)) + "|\n"
-    for method in (m for m in NAMES if m != "sparserm" and all(m in row["methods"] for row in sets.values())):
-        text += f"| {NAMES[method]} | " + " | ".join(cell(row["methods"][method]["behind"], "mean", "+") for row in sets.values()) + " |\n"
+    first, methods = next(iter(sets)), [m for m in NAMES if all(m in row["methods"] for row in sets.values())]
+    costs = (f"{what} ({first})" for what in ("parameters trained", "seconds to train", "texts scored a second"))
+    text = HOLD.head_line("test accuracy", [*(f"{name}, {row['pairs']['train']} train pairs" for name, row in sets.items()), *costs])
+    for method in methods:
+        cost, share = sets[first]["methods"][method], 100 * sets[first]["methods"][method]["trained"] / found["backbone_parameters"]
+        text += HOLD.line(NAMES[method], [
+            *(cell(row["methods"][method]) for row in sets.values()), f"{cost['trained']:,.0f}, {share:.3g} %" if cost["trained"] else "0",
+            *(f"{cost[key]:,.0f}" if cost[key] else "–" for key in ("seconds", "texts_a_second"))])
+    text += "\n" + HOLD.head_line("SparseRM minus", sets)
+    for method in methods[1:]:
+        text += HOLD.line(NAMES[method], [difference(row["methods"][method]["behind"]) for row in sets.values()])
     return text
 
 
@@ -496,6 +528,11 @@ def main():
         return print(*(write(json.loads(RESULTS.read_text("utf-8"))) for write in (headline, table)), sep="\n")
     if not args.sets or not all("=" in s for s in args.sets):
         p.error("name the sets: NAME=FILE …")
+    if args.search_pairs[0] == 0 and any(args.search_pairs):
+        p.error("the first set needs --search-pairs: others take its learning rate")
+    args.frozen |= not any(args.search_pairs)
+    if args.quick and args.write:
+        p.error("--quick is to see it work: nothing is written")
     if args.quick:
         args.train_pairs, args.search_pairs, args.seeds, args.curve, args.dev_pairs, args.test_pairs = [60], [24], [1], [], 40, 40
         args.out += "-quick"

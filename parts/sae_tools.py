@@ -4,7 +4,7 @@
     python sae.py check PATH --model M --texts FILE
     python sae.py train --model demo --layer 16 --texts FILE --width 4608 --k 64 --out my-sae.safetensors
 
-The shipped SAE was made by it (README.md beside this file). Not part of the method: SparseRM takes the SAE as it finds it.
+The shipped SAE was made by it (assets/README.md). Not part of the method: SparseRM takes the SAE as it finds it.
 """
 
 import argparse

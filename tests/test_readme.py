@@ -109,26 +109,26 @@ def played(tmp_path_factory):
     tiny.save_rows(folder / "data/prompts.jsonl", [{"prompt": "Is water wet?"}])
     tiny.save_rows(folder / "my-candidates.jsonl", [{"prompt": "Is water wet?", "candidates": ["Yes.", "No, ten."]}])
     tiny.save_sae(folder / "assets/sae-smollm2-135m-layer16.safetensors", 16, "demo")
-    found, there, patch = [], hub(folder / "hub"), pytest.MonkeyPatch()
-    patch.chdir(folder)
-    patch.setattr(models, "locate_model", lambda name: stand_in.get(name, name))
-    patch.setattr(sae, "fetch", lambda name, revision=None: str(there[name]))
+    found, there = [], hub(folder / "hub")
     make = (tiny.ROOT / "Makefile").read_text().replace("$(SAE)", "assets/sae-smollm2-135m-layer16.safetensors")
     demo = [line.replace("$(RUN)", "python") for line in re.search(r"^demo: .*\n((?:\t.*\n)+)", make, re.M)[1].split("\n")]
-    for line in [*demo, *BASH.replace("\\\n", " ").split("\n")]:
-        words = shlex.split(line, comments=True)
-        if words[:1] != ["python"] or words[1] not in SCRIPTS:
-            continue
-        more = {"train": ["--tokens", 600, "--batch", 64], "sample": ["--max-new-tokens", 3]}.get(words[2], [])     # only to be quick
-        more += ["--seeds", 1, "--sweeps", "none"] if words[1] == "04_evaluate.py" else []
-        if words[1] == "sae.py":
-            with tiny.argv(*words[2:], *more):
-                code, err = 0, importlib.import_module("parts.sae_tools").main() or ""
-        else:
-            code, _, err = tiny.command(words[1].removesuffix(".py"), *words[2:], *more)
-        found.append((line, code, err))
-    yield folder, found
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(models, "locate_model", lambda name: stand_in.get(name, name))
+        patch.setattr(sae, "fetch", lambda name, revision=None: str(there[name]))
+        for line in [*demo, *BASH.replace("\\\n", " ").split("\n")]:
+            words = shlex.split(line, comments=True)
+            if words[:1] != ["python"] or words[1] not in SCRIPTS:
+                continue
+            more = {"train": ["--tokens", 600, "--batch", 64], "sample": ["--max-new-tokens", 3]}.get(words[2], [])     # only to be quick
+            more += ["--seeds", 1, "--sweeps", "none"] if words[1] == "04_evaluate.py" else []
+            if words[1] == "sae.py":
+                with tiny.argv(*words[2:], *more):
+                    code, err = 0, importlib.import_module("parts.sae_tools").main() or ""
+            else:
+                code, _, err = tiny.command(words[1].removesuffix(".py"), *words[2:], *more)
+            found.append((line, code, err))
+        yield folder, found
 
 
 def test_every_command_of_the_readme_runs_as_it_stands(played):
@@ -144,7 +144,7 @@ def test_the_commands_that_are_not_run_are_those_of_make_and_benchmarks():
     targets = (tiny.ROOT / "Makefile").read_text()
     for target in re.findall(r"`make ([\w-]+)`", README):
         assert re.search(rf"^{target}:", targets, re.M), target
-    for script, rest in re.findall(r"`python (benchmarks/\w+\.py)((?:\s[^`]*)?)`", README):
+    for script, rest in re.findall(r"`(?:python )?(benchmarks/\w+\.py)((?:\s[^`]*)?)`", README):
         text = (tiny.ROOT / script).read_text(encoding="utf-8")
         for flag in re.findall(r"--[\w-]+", rest):
             assert f'"{flag}"' in text, (script, flag)
@@ -198,6 +198,14 @@ def test_the_files_hold_what_peek_shows_of_them(played):
     rows, latents = len(open(tiny.ROOT / "data/truthful.jsonl").readlines()), 2 * results("does_it_hold")["truthful"]["run"]["k"]
     assert all(f"chosen               torch.float32  [{rows}, " in text for _, text in shown[:2])
     assert f"w1                   torch.float32  [{latents}]" in shown[2][1]
+
+
+def test_the_picture_is_drawn_from_the_committed_figures(tmp_path):
+    image = pytest.importorskip("matplotlib.image")
+    with tiny.argv("--tables", "--picture", tmp_path / "k-curve.png"):
+        load(tiny.ROOT / "benchmarks/does_it_hold.py").main()
+    drawn, committed = (image.imread(folder / "k-curve.png") for folder in (tmp_path, tiny.ROOT / "assets"))
+    assert drawn.shape == committed.shape and abs(drawn - committed).mean() < 0.01
 
 
 def test_every_file_of_the_repository_that_the_readme_names_exists():
@@ -266,7 +274,8 @@ PUBLISHED = ["(arXiv 2511.07896, AAAI-26)", "*SparseRM*, arXiv 2511.07896", "250
              "top-K directions 94.4 / 90.2 / 93.6, random directions 93.0 / 88.0 / 90.7", "SAE activations 92.4 / 88.4 / 91.4",
              "Bradley–Terry 94.0 / 88.7 / 91.4", "BCE 85.7 / 83.1 / 86.3", "dense hidden state 94.7",
              "dense 78.7, fine-tuned 78.7, SparseRM 79.9", "about 0.63 is what two annotators share"]
-SETTINGS = ["Python 3.11+", "Apache-2.0", "95 % intervals", "Adam 0.01, L2 0.1", "70 % of the set", "Llama-3.1-8B", "about a minute", "below 0.2 (stage 2 warns)"]
+SETTINGS = ["Python 3.11+", "Apache-2.0", "95 % intervals", "Adam 0.01, L2 0.1", "70 % of the set", "Llama-3.1-8B", "about a minute",
+            "below 0.2 (stage 2 warns)"]
 
 
 def test_every_figure_in_the_prose_is_that_of_a_result():

@@ -1,7 +1,7 @@
 """benchmarks/reward_models.py: every method sees the same pairs, and its rewards are those of the model it says they are."""
 
 import importlib
-import json
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -75,9 +75,14 @@ def test_swift_learns_which_token_tells():
     z[first[:-1], 0] = torch.tensor([5.0, -5.0] * 40)                # the first token of chosen and of rejected
     tokens = object.__new__(bench.Tokens)
     tokens.z, tokens.first = z, first
+    tokens.at_l = tokens.at_top = tokens.sums = tokens.counts = torch.zeros(80)
     split = torch.tensor(([0] * 6 + [1] + [2]) * 5)
     read, trained = bench.fit_swift(tokens, split)
-    assert trained == 8 and float((read(tokens)[split == 2] > 0).float().mean()) == 1
+    found = read(tokens)
+    assert trained == 8 and float((found[split == 2] > 0).float().mean()) == 1
+    other = tokens.some(np.arange(80))
+    other.z = torch.where(torch.repeat_interleave((split == 2).repeat_interleave(2), torch.from_numpy(lengths))[:, None], 9.0, z)
+    assert torch.equal(bench.fit_swift(other, split)[0](tokens), found)         # nothing of the test texts is in it
 
 
 def test_a_cut_text_fits_and_a_short_one_stays_as_it_is():
@@ -132,7 +137,7 @@ def test_a_fine_tuned_peer_learns_its_train_pairs(method, prepared, monkeypatch)
     real = bench.fine_tune
     monkeypatch.setattr(bench, "fine_tune", lambda *args: seen.setdefault("made", real(*args)))
     found = bench.run_peer(job(prepared, method, lr=0.01, seed=0, search=False) | {"epochs": 12})
-    model, trained = seen["made"]
+    model, trained, _ = seen["made"]
     assert found["trained"] == trained and found["seconds"] > 0
     whole = sum(p.numel() for p in model.parameters())
     assert trained == whole if method == "full" else trained < whole
@@ -142,27 +147,61 @@ def test_a_fine_tuned_peer_learns_its_train_pairs(method, prepared, monkeypatch)
     assert len(found["dev"]) == len(pairs["dev"]) and [len(found["test"][n]) for n in ("set", "again")] == [10, 4]
 
 
-def test_the_rate_with_the_lowest_dev_nll_trains_on_all_and_a_done_job_is_not_run_again(prepared, monkeypatch, capsys):
-    folder, run, args = prepared
-    asked, good = [], {"full": 3e-5, "lora": 1e-3}
+@pytest.fixture
+def asked(monkeypatch):
+    """The jobs that would have run: do() is faked. The learning rates 3e-5 and 1e-3 are the good ones."""
+    found = []
 
     def fake(job, _):
-        asked.append((job["method"], job.get("lr"), job["n"], job.get("seed"), job.get("search")))
-        dev = [2.0, 1.0, 3.0] if job.get("lr") in good.values() else [2.0, -1.0, 1.0]
-        row = {"dev": dev, "test": {"set": [1.0] * 9 + [-1.0]}, "trained": 5, "seconds": 1.0, "peak_gib": 1.0, "texts_a_second": 2.0}
-        return {m: row | {"k": 4, "way": "sum"} for m in (bench.FROZEN if job["method"] == "frozen" else [job["method"]])}
+        found.append(job)
+        dev = [2.0, 1.0, 3.0] if job.get("lr") in (3e-5, 1e-3) else [2.0, -1.0, 1.0]
+        row = {"dev": dev, "test": {name: [1.0] * 9 + [-1.0] for name in (job["set"], *job["others"])}, "trained": 5, "seconds": 1.0,
+               "peak_gib": None, "texts_a_second": 2.0, "k": 4, "way": "sum"}
+        return {m: row for m in (bench.FROZEN if job["method"] == "frozen" else [job["method"]])}
     monkeypatch.setattr(bench, "do", fake)
-    with tiny.argv("set=x", "--out", folder, "--train-pairs", 20, "--search-pairs", 6, "--seeds", 2, "--curve"):
+    return found
+
+
+def finals(asked):
+    return sorted((j["set"], j["method"], j["lr"], j["n"], j["seed"]) for j in asked if j.get("search") is False)
+
+
+def test_the_rate_with_the_lowest_dev_nll_trains_on_all_and_every_seed(prepared, asked, capsys):
+    folder, run, args = prepared
+    source = f"set={folder / 'pairs.jsonl'}"
+    with tiny.argv(source, "--out", folder, "--train-pairs", 20, "--search-pairs", 6, "--seeds", 2, "--curve"):
         bench.main()
-    final = [a for a in asked if a[4] is False]
-    assert sorted(final) == sorted((m, good[m], 20, seed, False) for m in good for seed in (0, 1))
-    assert len([a for a in asked if a[4]]) == 6 and {a[2] for a in asked if a[4]} == {6}
+    assert finals(asked) == sorted(("set", m, rate, 20, seed) for m, rate in (("full", 3e-5), ("lora", 1e-3)) for seed in (0, 1))
+    assert [j["n"] for j in asked if j.get("search")] == [6] * 6
     out = capsys.readouterr().out
-    assert "| full fine-tuning (TRL) (2 seeds) | .900 [" in out and "| set, 20 train pairs |" in out
+    assert "| full fine-tuning (TRL) (2 seeds) | .900 [" in out and "| set: 20 train, 10 test pairs |" in out
     assert "+.000 [+.000, +.000]" in out                             # all are right on the same pairs
-    monkeypatch.undo()
-    path = bench.job_path(job(prepared, "full", lr=0.1, seed=0, search=False))
-    path.parent.mkdir(parents=True)
-    path.write_text(json.dumps({"full": 1}))
-    assert bench.do(job(prepared, "full", lr=0.1, seed=0, search=False), SimpleNamespace(finished=False)) == {"full": 1}
-    assert bench.do(job(prepared, "full", lr=0.2, seed=0, search=False), SimpleNamespace(finished=True)) is None
+    with tiny.argv(source, "--out", folder, "--train-pairs", 20, "--epochs", 3), \
+            pytest.raises(bench.files.UserError, match="other settings"):
+        bench.main()
+
+
+def test_a_set_that_is_not_searched_takes_the_rate_of_the_first(prepared, asked, tmp_path, capsys):
+    folder, run, args = prepared
+    for name in ("a-20", "b-20", "a-10"):
+        shutil.copytree(run, tmp_path / name)
+    with tiny.argv(f"a={folder / 'pairs.jsonl'}", f"b={folder / 'pairs.jsonl'}", "--out", tmp_path, "--train-pairs", 20, "--search-pairs",
+                   6, 0, "--seeds", 1, "--curve", 10):
+        bench.main()
+    assert {j["set"] for j in asked if j.get("search")} == {"a"}
+    assert finals(asked) == sorted((name, m, rate, n, 0) for m, rate in (("full", 3e-5), ("lora", 1e-3))
+                                   for name, n in (("a", 20), ("b", 20), ("a", 10)))
+    out = capsys.readouterr().out
+    assert "| a, train pairs (full and LoRA: first seed) | 20 | 20 |" in out            # the copy of 20 stands for 10
+    with tiny.argv("a=x", "b=y", "--search-pairs", 0, 6), pytest.raises(SystemExit):
+        bench.main()
+
+
+def test_a_job_is_a_process_of_its_own_and_a_done_one_is_not_run_again(prepared, monkeypatch):
+    args = SimpleNamespace(finished=False, threads=1)
+    one = job(prepared, "frozen", others={})
+    found = bench.do(one, args)
+    assert set(found) == set(bench.FROZEN) and bench.job_path(one).exists()
+    monkeypatch.setattr(bench.subprocess, "run", lambda *_, **__: pytest.fail("run again"))
+    assert bench.do(one, args) == found
+    assert bench.do(one | {"n": 7}, SimpleNamespace(finished=True)) is None
