@@ -46,6 +46,8 @@ RULES = ("last", "eot", "content", "mean")
 SHARD_PAIRS = 1024      # a shard is the unit that a killed run does not have to compute again
 
 
+# ---------------------------------------------------------------- questions, and the side they fall on
+
 def plain_text(prompt):
     """A prompt's text, normalised: the same question counts as the same in every file."""
     text = prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt)

@@ -126,8 +126,8 @@ def project(paths, directions):
 def health(sae, z):
     """How well the SAE fits residual vectors z [n, d] → dict.
 
-    explained variance = 1 - Σ‖z - z'‖² / Σ‖z - mean‖² around the mean of *these* vectors: give the vectors of the
-    scored token alone, or their common mean, far from all others, hides a bad fit.
+    explained variance = 1 - Σ‖z - z'‖² / Σ‖z - mean‖² around the mean of *these* vectors. Give the scored token's vectors
+    alone: among others, the distance between the two means would count as variance and hide a bad fit.
     """
     error = torch.zeros((), dtype=torch.float64)
     alive, fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=z.device), 0
@@ -185,6 +185,8 @@ def check_belongs(sae, meta, width, path):
         found.append(f"the SAE was trained on {model}, the activations are of {meta['model']}")
     return found
 
+
+# ---------------------------------------------------------------- the stage
 
 def parse_args():
     """The flags, checked as far as that needs no file."""

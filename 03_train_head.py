@@ -87,15 +87,15 @@ def fit_head(chosen, rejected, split, columns=slice(None), kind="linear", loss="
     adam = torch.optim.Adam(parameters, lr=lr, fused=True)
     rows, dev = (split == TRAIN).nonzero().flatten(), [side[split == DEV][:, columns] for side in (chosen, rejected)]
     best, kept, since = float("inf"), None, 0
-    for _ in range(epochs + 1):             # the last round only looks at dev
+    for epoch in range(epochs + 1):         # dev is looked at before the first step and after each epoch
         with torch.no_grad():
             on_dev = float(losses[loss](apply_head(head, dev[0]), apply_head(head, dev[1])))
         if on_dev < best - 1e-6:
             best, kept, since = on_dev, {n: p.detach().clone() for n, p in head.items()}, 0
         else:
             since += 1
-            if since > patience:
-                break
+        if since > patience or epoch == epochs:
+            break
         for pick in rows[torch.randperm(len(rows), generator=generator)[:EPOCH_PAIRS]].split(batch):
             penalty = sum(p.square().sum() for n, p in head.items() if n[0] == "w")
             value = losses[loss](*(apply_head(head, side[pick][:, columns]) for side in (chosen, rejected))) + weight_decay / 2 * penalty
@@ -172,7 +172,7 @@ class RewardModel:
         return self.read([self.render(p, r) for p, r in zip(prompts, responses, strict=True)])
 
     def render(self, prompt, response):
-        """A prompt and a response as the head was trained on them → Text of stage 1."""
+        """A prompt and a response as the head was trained on them → Text of parts/chat.py."""
         return render(self.backbone.tokenizer, prompt, response, self.meta["max_length"])
 
     def read(self, texts):

@@ -8,7 +8,7 @@ writes  evaluation.json   every number but times        timings.json   seconds
     python 04_evaluate.py --run runs/demo --sweeps full --other safe=runs/demo-safe
     python 04_evaluate.py --run runs/demo --explain "Can a duck swim?" "Yes." "No, ducks cannot swim."
 
-Test pairs are scored here for the first time. Every control gets the same pairs, the same loss and the same search on dev:
+Nothing was chosen by test pairs before this stage. Every control gets the same pairs and the same loss, and its choices on dev:
 
     dense               the same head on the whole hidden state z
     random_directions   Gaussian directions instead of decoder rows
@@ -44,7 +44,7 @@ from parts.files import UserError, file_hash, load_stage, run_main, write_text
 from sae import SAEError, load_sae
 
 stage1, stage2, stage3 = (importlib.import_module(n) for n in ("01_extract", "02_select_features", "03_train_head"))
-TRAIN, DEV, TEST = stage1.TRAIN, stage1.DEV, stage1.TEST
+TRAIN, TEST = stage1.TRAIN, stage1.TEST
 # dense and words have no K: dev chooses their L2 penalty instead
 DENSE = {d: {"columns": slice(None), "weight_decay": d} for d in (0.0001, 0.001, 0.01, 0.1, 1.0)}
 ALL = {"all": {"columns": slice(None)}}
@@ -180,9 +180,9 @@ def fit_control(chosen, rejected, split, options, settings, seeds=(0,), scale=Tr
     return name, head, lambda chosen, rejected: (reward(chosen) - reward(rejected)).numpy()
 
 
-def fit_and_test(chosen, rejected, split, *how, **options):
-    """fit_control, read on the test pairs → (name of the chosen option, r_chosen - r_rejected [n_test])."""
-    name, _, read = fit_control(chosen, rejected, split, *how, **options)
+def fit_and_test(chosen, rejected, split, *how, **more):
+    """fit_control (how: options, settings …), read on the test pairs → (name of the chosen option, r_chosen - r_rejected [n_test])."""
+    name, _, read = fit_control(chosen, rejected, split, *how, **more)
     return name, read(chosen[split == TEST], rejected[split == TEST])
 
 
@@ -269,10 +269,7 @@ def controls(data, seeds, sets):
         return list(names), list(heads), [np.concatenate(d) for d in zip(*found)]
 
     def basis(name):
-        def draw(seed):
-            directions = directions_of(data, name, 2 * total, seed)
-            return fit(lambda pairs: score_pairs(pairs, directions))
-        return several(draw)
+        return several(lambda seed: fit(partial(score_pairs, directions=directions_of(data, name, 2 * total, seed))))
 
     def words():
         view = word_features(texts(data), split)
@@ -331,7 +328,7 @@ def pairs_curve(data, seeds, sizes=(50, 100, 200, 500, 1000)):
     return turned(rows)
 
 
-# ---------------------------------------------------------------- are the latents, and what is said of them, worth believing
+# ---------------------------------------------------------------- do the latents that tell train pairs apart tell test pairs apart
 
 def ablation_test(data, model, adds, weight, draws=20):
     """Do the latents that tell train pairs apart do so on test? Set their scores to the mean there, against random ones, of those
@@ -339,7 +336,7 @@ def ablation_test(data, model, adds, weight, draws=20):
     reached: what share of their weight the random ones have}}.
 
     An intervention on the head's input, not on the language model. That the top ones matter on *train* is by construction.
-    adds, weight: see train_shares.
+    adds, weight: see explain.train_shares.
     """
     test = data.split == TEST
     scores, groups = [model.scores_of(z[test]) for z in data.z], data.group[test.numpy()]
@@ -382,9 +379,9 @@ def evaluate(data, args):
     """→ (evaluation, timings): everything of evaluation.json."""
     times, seeds, meta, asked = {}, list(range(args.seeds)), data.meta, data.head_meta
 
-    def timed(name, call, *args):
+    def timed(name, call, *given):
         started = time.perf_counter()
-        result = call(*args)
+        result = call(*given)
         times[name] = round(time.perf_counter() - started, 2)
         return result
     own, others = data.part(data.split == TEST), {name: other_set(data, name, run) for name, run in args.other}

@@ -5,8 +5,8 @@
     python 05_best_of_n.py pairs  --candidates runs/demo/candidates.jsonl --reward … --min-margin 0.5
     python 05_best_of_n.py pairs  --filter pairs.jsonl --reward …
 
-sample  reads prompts (JSONL: prompt), writes candidates.jsonl: prompt, candidates, scores, best, policy, settings
-rank    reads {prompt, candidates[, labels]} or {prompt, response[, id]} of any engine, writes the same rows with scores, ranking
+sample  reads prompts (JSONL: prompt), writes candidates.jsonl: prompt, candidates, scores, best, policy, reward, settings
+rank    reads {prompt, candidates[, labels]} or {prompt, response[, id]} of any engine, writes a row a prompt with scores, ranking, best
 pairs   writes what TRL's DPOTrainer reads: prompt, chosen, rejected (messages), score_chosen, score_rejected, margin, id
 
 Best-of-n is not in the paper. The curve is the expectation over *all* subsets of m of the n candidates, not the first m; the
@@ -190,13 +190,6 @@ def top_of(rows):
     return sum(best) / len(rows), sum(sum(r["labels"]) / len(r["labels"]) for r in rows) / len(rows)
 
 
-# ---------------------------------------------------------------- files
-
-def chat(role, text):
-    """A conversation of one turn."""
-    return [{"role": role, "content": text}]
-
-
 # ---------------------------------------------------------------- commands
 
 def sample(args):
@@ -219,7 +212,8 @@ def sample(args):
                 done[json.dumps(row["prompt"])] = row
     rows = [done.get(json.dumps(p)) for p in prompts]
     if None in rows:
-        policy = stage1.load_backbone(policy_name, dtype=args.dtype, device=args.device)
+        revision = reward_meta["revision"] if policy_name == reward_meta["model"] else None
+        policy = stage1.load_backbone(policy_name, revision, dtype=args.dtype, device=args.device)
         reward = stage3.RewardModel.load(args.reward, model=policy if policy_name == backbone_name else args.model, device=args.device)
         counted, reasons = 0, collections.Counter()
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -309,6 +303,11 @@ def pairs(args):
           f"\n\nnext: datasets.load_dataset('json', data_files='{out}') → trl.DPOTrainer")
 
 
+def chat(role, text):
+    """A conversation of one turn."""
+    return [{"role": role, "content": text}]
+
+
 def existing_pairs(path, reward, label=None):
     """Pairs of any accepted layout → rows {id, prompt, chosen, rejected}, with a reason where one cannot be used."""
     for where, raw in read_rows(path):
@@ -357,7 +356,8 @@ def parse_args():
     q.add_argument("--score", action=argparse.BooleanOptionalAction, default=True,
                    help="read the reward off the sampling where the policy is the backbone (default), or score in a pass of its own")
     q.add_argument("--limit", type=int, help="only the first N prompts")
-    q.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the policy (default auto)")
+    q.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+                   help="of the policy, and of the reward where it is the same model (default auto)")
     q = command("rank", "score and order candidates of any engine", "python 05_best_of_n.py rank --candidates my-candidates.jsonl")
     q.add_argument("--candidates", required=True, help="JSONL: prompt, candidates[, labels], or prompt, response[, id]")
     q = command("pairs", "preference pairs for DPO", "python 05_best_of_n.py pairs --filter my-pairs.jsonl --min-margin 0.5")

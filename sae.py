@@ -240,6 +240,7 @@ def check_pt(path):
 # transposed. b_in: what is subtracted from the input; 0: nothing, or the configuration says. also: what else must be there; `!`: must not.
 #    layout                           W_enc               b_enc           W_dec               b_dec           b_in     also
 LAYOUTS = {
+    "Gemma Scope 1":                  ("W_enc",            "b_enc",        "W_dec",            "b_dec",        0,       ".npz threshold"),
     "Gemma Scope":                    ("w_enc",            "b_enc",        "w_dec",            "b_dec",        0,       "threshold"),
     "sparsify":                       ("encoder.weight.T", "encoder.bias", "W_dec",            "b_dec",        "b_dec", ""),
     "Llama Scope":                    ("encoder.weight.T", "encoder.bias", "decoder.weight.T", "decoder.bias", 0,       ""),

@@ -6,7 +6,7 @@
 Texts longer than --max-length are cut for all alike: the response at its end (the prompt keeps at most half), then the prompt at its
 beginning. Splits are those of stage 1. Everything is fitted on train; learning rate, K, L2, when to stop and the temperature on dev.
 
-    sparserm        stages 1 to 3 with their defaults
+    sparserm        stages 1 to 3 with their defaults (but for --patience 100, as for the other heads)
     full            TRL's RewardTrainer, all weights and a scalar head on the last block, --epochs epochs
     lora            the same with PEFT: rank 16 on every matrix of the blocks, and the scalar head
     dense           a linear Bradley-Terry head on z, the vector that SparseRM projects
@@ -46,11 +46,13 @@ files, models, rows_of = (importlib.import_module(f"parts.{n}") for n in ("files
 stage1, stage2, stage3, stage4 = (importlib.import_module(n) for n in
                                   ("01_extract", "02_select_features", "03_train_head", "04_evaluate"))
 RESULTS = ROOT / "benchmarks/results/reward_models.json"
-FROZEN = ("sparserm", "dense", "dense_last", "mlp", "swift", "words", "likelihood")
+FROZEN_JOBS = ("heads", "tokens")
+FROZEN = ("sparserm", "dense", "dense_last", "mlp", "words", "swift", "likelihood")
 RATES = {"full": (1e-5, 3e-5, 1e-4), "lora": (1e-4, 3e-4, 1e-3)}
 SAME = ("model", "layer", "sae", "max_length", "epochs", "threads", "dev_pairs", "test_pairs", "other_pairs")       # in one --out folder
 SIDES, DEV, TEST = stage4.SIDES, stage1.DEV, stage1.TEST
-SETTINGS = {"lr": 0.01, "weight_decay": 0.1, "epochs": 200, "patience": 20}         # of stage 3
+PATIENCE = 100          # epochs: with few train pairs an epoch is one step, and 20 of them stop a head before it has begun
+SETTINGS = {"lr": 0.01, "weight_decay": 0.1, "epochs": 200, "patience": PATIENCE}         # of stage 3 otherwise
 
 
 # ---------------------------------------------------------------- the pairs, the same for all
@@ -81,9 +83,11 @@ def prepare(file, run, train_pairs, args):
     counts = {"train": train_pairs, "dev": args.dev_pairs, "test": args.test_pairs}
     kept = [row for split, count in counts.items() for row in some([r for r in rows if r["split"] == split], count)]
     files.write_rows(run / "cut.jsonl", [{n: r[n] for n in ("id", "prompt", "chosen", "rejected")} for r in kept])
-    extract = ["--pairs", run / "cut.jsonl", "--model", args.model, "--layer", args.layer, "--max-length", args.max_length]
+    top = stage1.load_config(args.model).num_hidden_layers - 1
+    extract = ["--pairs", run / "cut.jsonl", "--model", args.model, "--layer", args.layer, top, "--max-length", args.max_length]
+    select, train = ["--sae", args.sae, "--layer", args.layer], ["--patience", PATIENCE]
     peak = 0
-    for script, more in (("01_extract.py", extract), ("02_select_features.py", ["--sae", args.sae]), ("03_train_head.py", [])):
+    for script, more in (("01_extract.py", extract), ("02_select_features.py", select), ("03_train_head.py", train)):
         process = subprocess.Popen([sys.executable, ROOT / script, "--run", run, *map(str, more)], stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
         if status:
@@ -170,19 +174,17 @@ def speed(read, texts, count=128):
 # ---------------------------------------------------------------- methods on the frozen backbone
 
 class Tokens:
-    """What the frozen backbone makes of many texts, in one pass: block L's output at every response token `z` [T, d] and at the last
-    token `at_l` [n, d], the last block's there `at_top`, and the log-likelihood of the response and its end mark: `sums`, `counts` [n]."""
+    """What the frozen backbone makes of many texts, in one pass: block L's output at every response token `z` [T, d], and the
+    log-likelihood of the response and its end mark: `sums`, `counts` [n]."""
 
     def __init__(self, backbone, texts, layer):
         last, parts = len(backbone.blocks) - 1, [None] * len(texts)
         norm, matrix = final_norm(backbone.model), backbone.model.get_output_embeddings()
-        self.at_l, self.at_top = torch.empty(2, len(texts), backbone.model.config.hidden_size)
         self.sums, self.counts = np.zeros(len(texts)), np.array([t.eot + 1 - t.first for t in texts])
         for members, (hidden, top) in stage1.hidden_rows(backbone, [t.ids for t in texts], [layer, last]):
             for i, path in members:
                 text, path = texts[i], torch.from_numpy(path)
                 parts[i] = hidden[path[text.first:text.last]].float()
-                self.at_l[i], self.at_top[i] = hidden[path[-1]], top[path[-1]]
                 with torch.inference_mode():                # each token is told by the one before
                     told = matrix(norm(top[path[text.first - 1:text.eot]])).float().log_softmax(-1)
                 wanted = torch.tensor(text.ids[text.first:text.eot + 1])
@@ -194,8 +196,7 @@ class Tokens:
         """The same of some of the texts."""
         found, (places, _) = copy.copy(self), self.owner(texts)
         found.z, found.first = self.z[places], np.concatenate([[0], np.cumsum(self.first[texts + 1] - self.first[texts])])
-        for name in ("at_l", "at_top", "sums", "counts"):
-            setattr(found, name, getattr(self, name)[texts])
+        found.sums, found.counts = self.sums[texts], self.counts[texts]
         return found
 
     def owner(self, texts):
@@ -243,55 +244,74 @@ def fit_swift(tokens, split, decays=(0.001, 0.01, 0.1), lr=0.01, epochs=200, pat
     return lambda tokens: torch.sub(*rewards(kept, tokens, np.arange((len(tokens.first) - 1) // 2))), 2 * len(mean) + 2
 
 
-def run_frozen(job):
-    """All methods that leave the backbone as it is → {method: its results}."""
-    run, layer = Path(job["run"]), job["layer"]
-    reward = stage3.RewardModel.load(run / "reward_head.safetensors")
-    seen = stage4.Pairs(run, stage2.shard_files(run, layer)[0])
-    read = lambda rows: rendered(reward.backbone.tokenizer, rows, job["max_length"])
-    texts, split, test, found = read(seen.pairs), seen.split, seen.split == TEST, {}
-    top = len(reward.backbone.blocks) - 1
-    rate = {place: speed(lambda some, block=block: stage1.residuals(reward.backbone, some, [block], "last"), texts)
-            for place, block in (("to L", layer), ("to the top", top))}
-    tokens = Tokens(reward.backbone, texts, layer)
-    sets = {job["set"]: (tokens.some(both_sides(test)), seen.part(test).pairs)}
-    for name, other in job["others"].items():
-        rows = load_pairs(Path(other))["test"][:job["other_pairs"]]
-        sets[name] = Tokens(reward.backbone, read(rows), layer), rows
-    sets[None] = tokens, seen.pairs
-    cost = lambda place: len(both_sides(~test)) / rate[place]              # seconds to read train and dev
+class Fits:
+    """Fits methods on the pairs of a run and reads them on dev and on test pairs. views: {set, or None for the own pairs: what a
+    method may see of it}; a method's view makes (chosen, rejected) of that."""
 
-    def method(name, fit, view, place="to L"):
-        """fit(*view of own pairs) → (read, trained); read(*view) → r_chosen - r_rejected. view(tokens, rows) → what the method sees."""
+    def __init__(self, split, views):
+        self.split, self.views, self.found = split, views, {}
+
+    def add(self, name, fit, view, place="to L"):
+        """fit(*view) → (read, trained); read(*view) → r_chosen - r_rejected. place: how far the backbone has to read for it."""
         started = time.process_time()
-        difference, trained = fit(*view(*sets[None]))
-        found[name] = {"seconds": time.process_time() - started + (cost(place) if place else 0), "trained": trained,
-                       "texts_a_second": rate.get(place)}
-        differences = {of: [float(d) for d in difference(*view(*what))] for of, what in sets.items()}
-        found[name] |= {"dev": [d for d, s in zip(differences.pop(None), split) if s == DEV], "test": differences}
+        read, trained = fit(*view(self.views[None]))
+        seconds = time.process_time() - started
+        differences = {of: [float(d) for d in read(*view(seen))] for of, seen in self.views.items()}
+        self.found[name] = {"dev": [d for d, s in zip(differences.pop(None), self.split) if s == DEV], "test": differences,
+                            "fit_seconds": seconds, "trained": trained, "place": place}
+
+
+def activations(run, layer, test=None):
+    """The pairs of a run with z of a layer; only their first `test` test pairs."""
+    pairs = stage4.Pairs(run, stage2.shard_files(run, layer)[0])
+    if test is None:
+        return pairs
+    return pairs.part((pairs.split == TEST) & ((pairs.split == TEST).cumsum(0) <= test))
+
+
+def run_heads(job):
+    """The methods that read stage 1's activations, without the backbone → {method: its results}."""
+    run, layer = Path(job["run"]), job["layer"]
+    reward = stage3.RewardModel(*files.load_stage(run / "reward_head.safetensors"), None)
+    top = int(reward.meta["backbone"].split("-")[-4]) - 1
+    at = lambda layer: {None: activations(run, layer), job["set"]: activations(run, layer, 10**9),
+                        **{name: activations(Path(other), layer, job["other_pairs"]) for name, other in job["others"].items()}}
+    below, above = Fits(split := activations(run, layer).split, at(layer)), Fits(split, at(top))
+    z = lambda pairs: pairs.z
 
     def head(seeds=range(5), scale=True, **more):
         def fit(chosen, rejected):
-            _, weights, difference = stage4.fit_control(chosen, rejected, split, stage4.DENSE, {**SETTINGS, **more}, seeds, scale)
-            return difference, stage3.trained_parameters(weights)
+            _, weights, read = stage4.fit_control(chosen, rejected, split, stage4.DENSE, {**SETTINGS, **more}, seeds, scale)
+            return read, stage3.trained_parameters(weights)
         return fit
+    responses = lambda pairs: [[r[side] for r in pairs.pairs] for side in SIDES]
+    grams = stage4.word_features(responses(below.views[None]), split)
+    below.add("sparserm", lambda *_: sparserm(reward, run, layer), z)
+    below.add("dense", head(), z)
+    below.add("mlp", head(kind="mlp", hidden=512), z)
+    below.add("words", head((0,), scale=False), lambda pairs: grams(responses(pairs)), None)
+    above.add("dense_last", head(), z, "to the top")
+    below.found["sparserm"]["k"] = reward.meta["k"]
+    return below.found | above.found
+
+
+def run_tokens(job):
+    """The methods that read more than one token of the frozen backbone, and how fast it reads → {method: its results}."""
+    run, layer = Path(job["run"]), job["layer"]
+    backbone, pairs = stage1.load_backbone(job["model"]), activations(run, layer)
+    texts = rendered(backbone.tokenizer, pairs.pairs, job["max_length"])
+    rate = {place: speed(lambda some, block=block: stage1.residuals(backbone, some, [block], "last"), texts)
+            for place, block in (("to L", layer), ("to the top", len(backbone.blocks) - 1))}
+    tokens = Tokens(backbone, texts, layer)
+    others = {name: load_pairs(Path(other))["test"][:job["other_pairs"]] for name, other in job["others"].items()}
+    fits = Fits(pairs.split, {None: tokens, job["set"]: tokens.some(both_sides(pairs.split == TEST)), **{
+        name: Tokens(backbone, rendered(backbone.tokenizer, rows, job["max_length"]), layer) for name, rows in others.items()}})
+    fits.add("swift", lambda tokens: fit_swift(tokens, pairs.split), lambda tokens: (tokens,))
     sides = lambda x: (x[0::2], x[1::2])
-    responses = lambda rows: [[r[side] for r in rows] for side in SIDES]
-    grams = stage4.word_features(responses(seen.pairs), split)
-    method("sparserm", lambda *_: sparserm(reward, run), lambda tokens, _: sides(tokens.at_l))
-    method("dense", head(), lambda tokens, _: sides(tokens.at_l))
-    method("dense_last", head(), lambda tokens, _: sides(tokens.at_top), "to the top")
-    method("mlp", head(kind="mlp", hidden=512), lambda tokens, _: sides(tokens.at_l))
-    method("swift", lambda tokens: fit_swift(tokens, split), lambda tokens, _: (tokens,))
-    method("words", head((0,), scale=False), lambda _, rows: grams(responses(rows)), None)
-    ways = {"sum": lambda tokens, _: sides(tokens.sums), "mean": lambda tokens, _: sides(tokens.sums / tokens.counts)}
-    for name, view in ways.items():
-        method(name, lambda *_: (np.subtract, 0), view, "to the top")
-    right = {name: np.mean(np.array(found[name]["dev"]) > 0) for name in ways}
-    way = max(right, key=right.get)
-    found["likelihood"] = {**found[way], "seconds": 0.0, "way": way}
-    found["sparserm"]["k"] = reward.meta["k"]
-    return {name: row for name, row in found.items() if name in FROZEN}
+    for name, view in (("sum", lambda t: sides(t.sums)), ("mean", lambda t: sides(t.sums / t.counts))):
+        fits.add(name, lambda *_: (np.subtract, 0), view, "to the top")
+    way = max(("sum", "mean"), key=lambda name: np.mean(np.array(fits.found[name]["dev"]) > 0))
+    return {"swift": fits.found["swift"], "likelihood": {**fits.found[way], "way": way}, "rate": rate}
 
 
 def both_sides(pairs):
@@ -300,14 +320,14 @@ def both_sides(pairs):
     return np.stack([2 * at, 2 * at + 1], 1).flatten()
 
 
-def sparserm(reward, run):
+def sparserm(reward, run, layer):
     """Select and train once more, for the time it takes; the head must be that of the run → (read, trained parameters)."""
     given = sys.argv
     with tempfile.TemporaryDirectory() as folder:
         for part in ("pairs.jsonl", "activations"):
             (Path(folder) / part).symlink_to((run / part).resolve())
-        for script, more in ((stage2, ["--sae", reward.meta["sae"]]), (stage3, [])):
-            sys.argv = [script.__name__, "--run", folder, *more]
+        for script, more in ((stage2, ["--sae", reward.meta["sae"], "--layer", layer]), (stage3, ["--patience", PATIENCE])):
+            sys.argv = [script.__name__, "--run", folder, *map(str, more)]
             script.main()
         again = files.load_stage(Path(folder) / "reward_head.safetensors")[0]
     sys.argv = given
@@ -337,10 +357,10 @@ def do(job, args):
 
 def run_job(job):
     """The work of one job, in its own process."""
-    found = run_frozen(job) if job["method"] == "frozen" else {job["method"]: run_peer(job)}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    for name, row in found.items():
-        row["peak_gib"] = peak if name in RATES else None                # all frozen methods share a process
+    work = {"heads": run_heads, "tokens": run_tokens}.get(job["method"])
+    found = work(job) if work else {job["method"]: run_peer(job)}
+    if not work:
+        found[job["method"]]["peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     files.write_text(job_path(job), json.dumps(found, sort_keys=True) + "\n")
 
 
@@ -386,10 +406,19 @@ def all_jobs(args):
         pool.shutdown(cancel_futures=True)          # Ctrl-C or a failed job: the waiting ones do not start
 
 
+def frozen_rows(heads, tokens, pairs):
+    """The results of the two frozen jobs of a run → {method: [its results]}: what it takes to read train and dev comes to the fit."""
+    rate, rows = tokens["rate"], {name: row for name, row in (heads | tokens).items() if name != "rate"}
+    for name, row in rows.items():
+        read = 2 * len(pairs["train"] + pairs["dev"]) / rate[row["place"]] if row["place"] and name != "likelihood" else 0
+        row |= {"seconds": row["fit_seconds"] + read if row["trained"] else 0.0, "texts_a_second": rate.get(row["place"])}
+    return {name: [row] for name, row in rows.items()}
+
+
 def gather(args, submit, runs, of):
     """Submit all jobs, the final fits of full and lora when their learning rates are known → as all_jobs."""
     train, search, seeds, sets = of["train"], of["search"], of["seeds"], list(of["train"])
-    frozen = {key: submit(*key, "frozen") for key in runs}
+    frozen = {key: [submit(*key, method) for method in FROZEN_JOBS] for key in runs}
     tried = {(name, method, lr): submit(name, search[name], method, lr=lr, seed=0, search=True)
              for name in sets for method in RATES for lr in RATES[method] if search[name] and not args.frozen}
     tried = {key: job.result()[key[1]] for key, job in tried.items() if job.result()}
@@ -402,7 +431,8 @@ def gather(args, submit, runs, of):
               if rates and (seed == 0 or n == train[name])]
     final = {(name, n, method, seed): submit(name, n, method, lr=rates[name, method], seed=seed, search=False)
              for seed, _, name, n, method in sorted(wanted, key=lambda w: w[:2])}
-    found = {key: {method: [row] for method, row in job.result().items()} for key, job in frozen.items() if job.result()}
+    found = {key: frozen_rows(*(job.result() for job in jobs), load_pairs(runs[key])) for key, jobs in frozen.items()
+             if all(job.result() for job in jobs)}
     for (name, n, method, _), job in final.items():
         if job.result() and (name, n) in found:
             found[name, n].setdefault(method, []).append(job.result()[method])
@@ -483,17 +513,17 @@ def curve_cell(row):
 def headline(found):
     """The figures → markdown: accuracy on every set, SparseRM minus each, and what it costs on the first set."""
     sets = {name: sizes[max(sizes, key=int)] for name, sizes in found["sets"].items()}
-    first, methods = next(iter(sets)), [m for m in NAMES if all(m in row["methods"] for row in sets.values())]
-    costs = (f"{what} ({first})" for what in ("parameters trained", "seconds to train", "texts scored a second"))
+    first, methods = next(iter(sets.values()))["methods"], [m for m in NAMES if m in next(iter(sets.values()))["methods"]]
+    of = lambda method, write: [write(row["methods"][method]) if method in row["methods"] else "–" for row in sets.values()]
+    costs = (f"{what} ({next(iter(sets))})" for what in ("parameters trained", "seconds to train", "texts scored a second"))
     text = HOLD.head_line("test accuracy", [*(f"{name}, {row['pairs']['train']} train pairs" for name, row in sets.items()), *costs])
     for method in methods:
-        cost, share = sets[first]["methods"][method], 100 * sets[first]["methods"][method]["trained"] / found["backbone_parameters"]
-        text += HOLD.line(NAMES[method], [
-            *(cell(row["methods"][method]) for row in sets.values()), f"{cost['trained']:,.0f}, {share:.3g} %" if cost["trained"] else "0",
-            *(f"{cost[key]:,.0f}" if cost[key] else "–" for key in ("seconds", "texts_a_second"))])
+        cost, share = first[method], 100 * first[method]["trained"] / found["backbone_parameters"]
+        text += HOLD.line(NAMES[method], [*of(method, cell), f"{cost['trained']:,.0f}, {share:.3g} %" if cost["trained"] else "0",
+                                          *(f"{cost[key]:,.0f}" if cost[key] else "–" for key in ("seconds", "texts_a_second"))])
     text += "\n" + HOLD.head_line("SparseRM minus", sets)
     for method in methods[1:]:
-        text += HOLD.line(NAMES[method], [difference(row["methods"][method]["behind"]) for row in sets.values()])
+        text += HOLD.line(NAMES[method], of(method, lambda row: difference(row["behind"])))
     return text
 
 

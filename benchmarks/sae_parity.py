@@ -136,7 +136,7 @@ def gemma_scope(folder, generation):
     tensors = random_tensors(w_enc=(D, M), w_dec=(M, D), b_enc=(M,), b_dec=(D,), threshold=(M,))
     if generation == 1:
         inside, repo = "layer_5/width_16k/average_l0_84", "google/gemma-scope-2b-pt-res"
-        path = put(folder / inside, None, tensors, "params.npz")
+        path = put(folder / inside, None, {name.replace("w_", "W_"): t for name, t in tensors.items()}, "params.npz")
     else:
         inside, repo = "resid_post/layer_5_width_16k_l0_medium", "google/gemma-scope-2-270m-pt"
         config = {"architecture": "jump_relu", "model_name": "gemma-v3-270m-pt", "hf_hook_point_in": "model.layers.5.output"}

@@ -76,7 +76,7 @@ def token_activations(backbone, sae, texts, layer, latents, last=0):
 
 def extreme_texts(data, direction, count):
     """The `count` train responses furthest along a direction, and least → {highest, lowest: [(pair, side, score)]}."""
-    train = (data.split == stage1.TRAIN).nonzero().flatten()
+    train = (data.split == TRAIN).nonzero().flatten()
     scores = torch.stack([z[train] @ direction for z in data.z], 1).flatten()           # chosen, rejected, chosen …
     order, found = scores.argsort(descending=True, stable=True).tolist(), {}
     for name, ranked in (("highest", order), ("lowest", order[::-1])):

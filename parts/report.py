@@ -1,4 +1,4 @@
-"""What stage 4 shows: the table it prints and what it says in words, the pictures, the page.
+"""What stage 4 (and the curve of stage 5) shows: the table it prints and what it says in words, the pictures, the page.
 
     python 04_evaluate.py --run runs/demo                             report.html and the pictures
 """

@@ -39,6 +39,8 @@ def results(name):
 # ---------------------------------------------------------------- tables
 
 TABLES = [("README.md", "does_it_hold", "does_it_hold", lambda script, found: script.tables(found)),
+          ("README.md", "headline", "reward_models", lambda script, found: script.headline(found)),
+          ("benchmarks/README.md", "reward_models", "reward_models", lambda script, found: script.table(found)),
           ("benchmarks/README.md", "other_sets", "does_it_hold", lambda script, found: script.other_tables(found)),
           ("benchmarks/README.md", "extract", "extract", lambda script, found: script.table(found["speed"])),
           ("benchmarks/README.md", "rank", "rank_answers", lambda script, found: script.table(found)),
@@ -81,7 +83,7 @@ def hub(folder):
     gemma, llama, qwen = folder / "layer_13/width_16k/average_l0_84", folder / "Llama3_1-8B-Base-L15R-8x", folder / "L0_50"
     for place in (gemma, llama / "checkpoints", qwen):
         place.mkdir(parents=True)
-    np.savez(gemma / "params.npz", w_enc=w.T.numpy(), w_dec=w.numpy(), b_enc=wide.numpy(), b_dec=zero.numpy(), threshold=wide.numpy() + 0.1)
+    np.savez(gemma / "params.npz", W_enc=w.T.numpy(), W_dec=w.numpy(), b_enc=wide.numpy(), b_dec=zero.numpy(), threshold=wide.numpy() + 0.1)
     save_file({"encoder.weight": w, "encoder.bias": wide, "decoder.weight": w.T.contiguous(), "decoder.bias": zero},
               llama / "checkpoints/final.safetensors")
     (llama / "hyperparams.json").write_text(json.dumps({
@@ -267,7 +269,21 @@ def claims():
     yield (f"flips {align['noise']:.0%} of the labels of {align['counts']['policy']} pairs, filters them by a SparseRM trained on "
            f"{align['counts']['reward']} *other*").replace("%", " %")
     yield f"({align['counts']['test']} pairs, {align['counts']['questions']} multiple-choice questions"
+    yield from fine_tuning(results("reward_models"))
     yield from (row["says"] for row in results("read_off") if "faults" not in row["command"])
+
+
+def fine_tuning(found):
+    """What the prose says of SparseRM against fine-tuned reward models."""
+    sets = {name: sizes[max(sizes, key=int)]["methods"] for name, sizes in found["sets"].items()}
+    ours, full, lora = (sets["TruthfulQA"][m] for m in ("sparserm", "full", "lora"))
+    word = lambda row: "ahead" if row["behind"]["low"] > 0 else "behind" if row["behind"]["high"] < 0 else "level"
+    for method, name in (("full", "full fine-tuning"), ("lora", "LoRA"), ("dense", "a dense head on the same z"), ("words", "the words")):
+        yield f"Against {name} it is " + ", ".join(f"{word(rows[method])} on {of}" for of, rows in sets.items() if method in rows)
+    yield f"{ours['trained']:,.0f} weights, {100 * ours['trained'] / found['backbone_parameters']:.2g} % of the backbone's"
+    times = [row["seconds"] / ours["seconds"] for row in (full, lora)]
+    yield "full fine-tuning takes {:.0f} times as long, LoRA {:.0f} times".format(*times)
+    yield "({full:g} and {lora:g})".format(**found["rates"]["TruthfulQA"])
 
 
 PUBLISHED = ["(arXiv 2511.07896, AAAI-26)", "*SparseRM*, arXiv 2511.07896", "2508.08746", "2507.00665", "2505.12225", "1.4 to 2.9 points",
@@ -276,6 +292,12 @@ PUBLISHED = ["(arXiv 2511.07896, AAAI-26)", "*SparseRM*, arXiv 2511.07896", "250
              "dense 78.7, fine-tuned 78.7, SparseRM 79.9", "about 0.63 is what two annotators share"]
 SETTINGS = ["Python 3.11+", "Apache-2.0", "95 % intervals", "Adam 0.01, L2 0.1", "70 % of the set", "Llama-3.1-8B", "about a minute",
             "below 0.2 (stage 2 warns)"]
+
+
+def test_no_placeholder_is_left():
+    for name in ("README.md", "benchmarks/README.md", "data/README.md", "assets/README.md"):
+        text = re.sub(r"`[^`]*`", "", (tiny.ROOT / name).read_text("utf-8"))
+        assert not re.findall(r"\b[A-Z]{2,}_[A-Z]+\b|<!-- \w+ -->\s*<!-- end -->", text)
 
 
 def test_every_figure_in_the_prose_is_that_of_a_result():

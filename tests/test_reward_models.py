@@ -28,7 +28,7 @@ def prepared(tmp_path_factory):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_one_pass_gives_the_hidden_states_and_likelihoods_of_each_text_alone(family, backbone_of):
+def test_one_pass_gives_the_token_states_and_likelihoods_of_each_text_alone(family, backbone_of):
     backbone = backbone_of(family)
     texts = [stage1.render(backbone.tokenizer, *text) for text in TEXTS]
     tokens = bench.Tokens(backbone, texts, 1)
@@ -37,8 +37,6 @@ def test_one_pass_gives_the_hidden_states_and_likelihoods_of_each_text_alone(fam
             own = backbone.model(torch.tensor([text.ids]), output_hidden_states=True)
         z = own.hidden_states[2][0]
         assert torch.allclose(tokens.z[tokens.first[n]:tokens.first[n + 1]], z[text.first:text.last], atol=1e-4)
-        assert torch.allclose(tokens.at_l[n], z[-1], atol=1e-4)
-        assert torch.allclose(bench.final_norm(backbone.model)(tokens.at_top[n]), own.hidden_states[-1][0, -1], atol=1e-4)
     sums, counts = likelihood.log_likelihoods(backbone, *zip(*TEXTS))
     assert tokens.sums == pytest.approx(sums, rel=1e-4) and tokens.counts.tolist() == counts.tolist()
     part = tokens.some(np.array([3, 1]))
@@ -75,7 +73,7 @@ def test_swift_learns_which_token_tells():
     z[first[:-1], 0] = torch.tensor([5.0, -5.0] * 40)                # the first token of chosen and of rejected
     tokens = object.__new__(bench.Tokens)
     tokens.z, tokens.first = z, first
-    tokens.at_l = tokens.at_top = tokens.sums = tokens.counts = torch.zeros(80)
+    tokens.sums = tokens.counts = np.zeros(80)
     split = torch.tensor(([0] * 6 + [1] + [2]) * 5)
     read, trained = bench.fit_swift(tokens, split)
     found = read(tokens)
@@ -117,17 +115,29 @@ def job(prepared, method, **more):
 
 def test_the_frozen_methods_judge_the_same_pairs_and_sparserm_is_that_of_the_run(prepared):
     folder, run, _ = prepared
-    found = bench.run_frozen(job(prepared, "frozen"))
+    heads, tokens, pairs = bench.run_heads(job(prepared, "heads")), bench.run_tokens(job(prepared, "tokens")), bench.load_pairs(run)
+    found = {name: row for name, (row,) in bench.frozen_rows(heads, tokens, pairs).items()}
     assert set(found) == set(bench.FROZEN)
-    pairs = bench.load_pairs(run)
     for name, row in found.items():
         assert len(row["dev"]) == len(pairs["dev"]) and len(row["test"]["set"]) == 10 and len(row["test"]["again"]) == 4, name
         assert row["test"]["again"] == pytest.approx(row["test"]["set"][:4], abs=1e-3), name
+        assert (row["seconds"] > 0) == (name != "likelihood"), name
     reward = bench.stage3.RewardModel.load(run / "reward_head.safetensors")
     own = [a - b for a, b in zip(*(reward.score([r["prompt"] for r in pairs["test"]], [r[s] for r in pairs["test"]]) for s in bench.SIDES))]
     assert found["sparserm"]["test"]["set"] == pytest.approx(own, abs=1e-4)
     assert found["dense"]["trained"] == tiny.WIDTH + 1 and found["mlp"]["trained"] == 512 * (tiny.WIDTH + 2) + 1
     assert found["swift"]["trained"] == 2 * tiny.WIDTH + 2 and found["likelihood"]["trained"] == 0
+    read = 2 * (20 + 8) / tokens["rate"]["to L"]                    # what it takes to read train and dev comes to the fit
+    assert found["dense"]["seconds"] == pytest.approx(heads["dense"]["fit_seconds"] + read)
+    assert found["words"]["seconds"] == heads["words"]["fit_seconds"] and found["words"]["texts_a_second"] is None
+
+
+def test_the_head_on_the_last_block_reads_its_output(prepared, backbone_of):
+    folder, run, args = prepared
+    backbone, pairs = stage1.load_backbone(args.model), bench.load_pairs(run)["test"]
+    found = bench.activations(run, 2, 10**9).z
+    wanted = stage1.residuals(backbone, bench.rendered(backbone.tokenizer, pairs, 48), [2], "last")[0]
+    assert torch.allclose(torch.stack(found, 1).flatten(0, 1), wanted, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
@@ -156,8 +166,9 @@ def asked(monkeypatch):
         found.append(job)
         dev = [2.0, 1.0, 3.0] if job.get("lr") in (3e-5, 1e-3) else [2.0, -1.0, 1.0]
         row = {"dev": dev, "test": {name: [1.0] * 9 + [-1.0] for name in (job["set"], *job["others"])}, "trained": 5, "seconds": 1.0,
-               "peak_gib": None, "texts_a_second": 2.0, "k": 4, "way": "sum"}
-        return {m: row for m in (bench.FROZEN if job["method"] == "frozen" else [job["method"]])}
+               "peak_gib": None, "texts_a_second": 2.0, "k": 4, "way": "sum", "fit_seconds": 1.0, "place": "to L"}
+        names = {"heads": bench.FROZEN[:-2], "tokens": bench.FROZEN[-2:]}.get(job["method"], [job["method"]])
+        return {name: dict(row) for name in names} | ({"rate": {"to L": 2.0}} if job["method"] == "tokens" else {})
     monkeypatch.setattr(bench, "do", fake)
     return found
 
@@ -199,9 +210,9 @@ def test_a_set_that_is_not_searched_takes_the_rate_of_the_first(prepared, asked,
 
 def test_a_job_is_a_process_of_its_own_and_a_done_one_is_not_run_again(prepared, monkeypatch):
     args = SimpleNamespace(finished=False, threads=1)
-    one = job(prepared, "frozen", others={})
+    one = job(prepared, "heads", others={})
     found = bench.do(one, args)
-    assert set(found) == set(bench.FROZEN) and bench.job_path(one).exists()
+    assert set(found) == set(bench.FROZEN) - {"swift", "likelihood"} and bench.job_path(one).exists()
     monkeypatch.setattr(bench.subprocess, "run", lambda *_, **__: pytest.fail("run again"))
     assert bench.do(one, args) == found
     assert bench.do(one | {"n": 7}, SimpleNamespace(finished=True)) is None

@@ -41,7 +41,8 @@ LINEAR = {"encoder.weight": "W_enc.T", "encoder.bias": "b_enc", "decoder.weight"
 GATED = {"encoder.weight": "W_enc.T", "decoder.weight": "W_dec.T", "decoder_bias": "b_dec", "gate_bias": "b_gate", "mag_bias": "b_mag"}
 LENS, MOSS, DL = "x/sae_weights.safetensors", "x/checkpoints/final.safetensors", "x/ae.pt"
 LAYOUTS = {     # name: (weights file, config file, {name in the file: name in memory})
-    "gemma npz": ("layer_12/width_16k/average_l0_82/params.npz", "config.json", GEMMA),
+    "gemma npz": ("layer_12/width_16k/average_l0_82/params.npz", "config.json", SAME | THETA),      # google/gemma-scope-…
+    "gemma npz, small letters": ("layer_12/width_16k/average_l0_82/params.npz", "config.json", GEMMA),
     "gemma 2": ("resid_post/layer_12_width_16k_l0_small/params.safetensors", "config.json", GEMMA),
     "saelens": (LENS, "cfg.json", SAME),
     "saelens jumprelu": (LENS, "cfg.json", SAME | THETA),
@@ -167,6 +168,7 @@ AVERAGE, PER_TOKEN = "expected_average_only_in", "constant_norm_rescale"
 NESTED = {"group_sizes": torch.tensor([8, 16])}
 FAMILIES = [    # what it is: (layout, config, activation of the oracle, its settings, extra tensors)
     ("Gemma Scope", "gemma npz", None, jumprelu, RAW),
+    ("Gemma Scope, small letters", "gemma npz, small letters", None, jumprelu, RAW),
     ("Gemma Scope 2", "gemma 2", {"model_name": "m", "hf_hook_point_in": OUTPUT, "hf_hook_point_out": OUTPUT}, jumprelu, RAW),
     ("Gemma Scope 2 without config", "gemma 2", None, jumprelu, RAW),
     ("SAELens standard", "saelens", lens("standard"), relu),
