@@ -49,6 +49,8 @@ RESULTS = ROOT / "benchmarks/results/reward_models.json"
 FROZEN_JOBS = ("heads", "tokens")
 FROZEN = ("sparserm", "dense", "dense_last", "mlp", "words", "swift", "likelihood")
 RATES = {"full": (1e-5, 3e-5, 1e-4), "lora": (1e-4, 3e-4, 1e-3)}
+# the linear heads on all of z: in so many dimensions a step of 0.01 may already be too large, so dev chooses that too
+LINEAR = {f"{d:g}, {lr:g}": {"columns": slice(None), "weight_decay": d, "lr": lr} for d in stage4.DENSE for lr in (0.01, 0.001)}
 SAME = ("model", "layer", "sae", "max_length", "epochs", "threads", "dev_pairs", "test_pairs", "other_pairs")       # in one --out folder
 SIDES, DEV, TEST = stage4.SIDES, stage1.DEV, stage1.TEST
 PATIENCE = 100          # epochs: with few train pairs an epoch is one step, and 20 of them stop a head before it has begun
@@ -279,17 +281,17 @@ def run_heads(job):
     below, above = Fits(split := activations(run, layer).split, at(layer)), Fits(split, at(top))
     z = lambda pairs: pairs.z
 
-    def head(seeds=range(5), scale=True, **more):
+    def head(options=LINEAR, seeds=range(5), scale=True, **more):
         def fit(chosen, rejected):
-            _, weights, read = stage4.fit_control(chosen, rejected, split, stage4.DENSE, {**SETTINGS, **more}, seeds, scale)
+            _, weights, read = stage4.fit_control(chosen, rejected, split, options, {**SETTINGS, **more}, seeds, scale)
             return read, stage3.trained_parameters(weights)
         return fit
     responses = lambda pairs: [[r[side] for r in pairs.pairs] for side in SIDES]
     grams = stage4.word_features(responses(below.views[None]), split)
     below.add("sparserm", lambda *_: sparserm(reward, run, layer), z)
     below.add("dense", head(), z)
-    below.add("mlp", head(kind="mlp", hidden=512), z)
-    below.add("words", head((0,), scale=False), lambda pairs: grams(responses(pairs)), None)
+    below.add("mlp", head(stage4.DENSE, kind="mlp", hidden=512), z)
+    below.add("words", head(stage4.DENSE, (0,), scale=False), lambda pairs: grams(responses(pairs)), None)
     above.add("dense_last", head(), z, "to the top")
     below.found["sparserm"]["k"] = reward.meta["k"]
     return below.found | above.found
@@ -570,7 +572,7 @@ def main():
     args.parameters = files.read_meta(next(iter(runs.values())) / "reward_head.safetensors")["parameters"]
     found = figures(results, runs, rates, args)
     if args.write:
-        files.write_text(RESULTS, json.dumps(found, indent=1, sort_keys=True) + "\n")
+        files.write_text(RESULTS, json.dumps(found, indent=1) + "\n")
     print(headline(found), table(found), sep="\n")
 
 
