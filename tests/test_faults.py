@@ -29,6 +29,8 @@ import safetensors.torch
 import tiny
 from tqdm import tqdm
 
+from parts import sae_tools
+
 KILLS, STOPS, FLIPS = (29, 8, 60) if os.environ.get("SPARSERM_FAULTS") == "all" else (2, 1, 1)       # a stage; a damaged file and reader
 PAUSE = 0.004
 HEAD = "--reward {run}/reward_head.safetensors"
@@ -94,7 +96,7 @@ def child(name, run, words, stderr, told, slow=False, own_writer=False, limit=No
     def main():
         sys.addaudithook(seen)
         told.send(time.monotonic())
-        module.main()
+        (module if hasattr(module, "main") else sae_tools).main()
     stage1.run_main(main, *([module.SAEError] if hasattr(module, "SAEError") else []))
 
 
