@@ -45,6 +45,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 files, models, rows_of = (importlib.import_module(f"parts.{n}") for n in ("files", "models", "rows"))
 stage1, stage2, stage3, stage4 = (importlib.import_module(n) for n in
                                   ("01_extract", "02_select_features", "03_train_head", "04_evaluate"))
+cut = importlib.import_module("align").cut
 RESULTS = ROOT / "benchmarks/results/reward_models.json"
 FROZEN_JOBS = ("heads", "tokens")
 FROZEN = ("sparserm", "dense", "dense_last", "mlp", "words", "swift", "likelihood")
@@ -68,10 +69,7 @@ def cut_response(tokenizer, prompt, response, most):
 
 def some(rows, count):
     """About `count` of the rows, whole questions, in an order that no file decides."""
-    rows = sorted(rows, key=lambda r: (stage1.hash_number("benchmark " + r["question"]), r["id"]))
-    while 0 < count < len(rows) and rows[count]["question"] == rows[count - 1]["question"]:
-        count += 1
-    return rows[:count]
+    return cut(sorted(rows, key=lambda r: (stage1.hash_number("benchmark " + r["question"]), r["id"])), count)[0]
 
 
 def prepare(file, run, train_pairs, args):
