@@ -31,7 +31,7 @@ demo: venv
 	$(RUN) 05_best_of_n.py sample --prompts data/prompts.jsonl --limit 20 --n 8 --max-new-tokens 48 --reward runs/demo/reward_head.safetensors
 
 test: $(VENV)/dev
-	HF_HUB_OFFLINE=1 $(PY) -m pytest
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -n logical --dist loadfile
 
 faults: $(VENV)/dev
 	HF_HUB_OFFLINE=1 SPARSERM_FAULTS=all $(PY) -m pytest -s tests/test_faults.py tests/test_sae_damaged.py tests/test_fuzz.py

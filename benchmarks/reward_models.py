@@ -124,7 +124,8 @@ def last_rewards(backbone, texts):
 
 
 def fine_tune(job, rows, tokenizer):
-    """TRL's RewardTrainer on tokenised pairs → (the model with its LoRA merged, trained parameters, seconds of training)."""
+    """TRL's RewardTrainer on tokenised pairs → (the model with its LoRA merged, trained parameters, seconds of training). A step is
+    8 pairs, read one at a time: on a CPU nothing is gained by padding pairs to one length."""
     datasets, peft, transformers, trl = (importlib.import_module(n) for n in ("datasets", "peft", "transformers", "trl"))
     texts = rendered(tokenizer, rows, job["max_length"])
     if any(text.ids[-1] == tokenizer.pad_token_id for text in texts):
@@ -136,7 +137,7 @@ def fine_tune(job, rows, tokenizer):
     lora = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="SEQ_CLS") if job["method"] == "lora" else None
     settings = trl.RewardConfig(
         output_dir=str(Path(job["out"]) / "trainer" / str(os.getpid())), learning_rate=job["lr"], num_train_epochs=job["epochs"],
-        per_device_train_batch_size=2, gradient_accumulation_steps=4, warmup_steps=max(1, len(rows) // 80), seed=job["seed"],
+        per_device_train_batch_size=1, gradient_accumulation_steps=8, warmup_steps=max(1, len(rows) // 80), seed=job["seed"],
         max_length=None, bf16=False, gradient_checkpointing=False, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
         logging_steps=20)
     trainer = trl.RewardTrainer(model=model, args=settings, train_dataset=data, peft_config=lora, processing_class=tokenizer)
