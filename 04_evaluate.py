@@ -166,6 +166,8 @@ class Data(Pairs):
             raise UserError(f"not the SAE that features.safetensors was made with · {place} · run 02 again, or pass --sae")
 
 
+# ---------------------------------------------------------------- the controls
+
 def fit_control(chosen, rejected, split, options, settings, seeds=(0,), scale=True):
     """Search on dev, as stage 3 does for SparseRM → (name of the chosen option, its head, read).
 
@@ -185,8 +187,6 @@ def fit_and_test(chosen, rejected, split, *how, **more):
     name, _, read = fit_control(chosen, rejected, split, *how, **more)
     return name, read(chosen[split == TEST], rejected[split == TEST])
 
-
-# ---------------------------------------------------------------- the controls
 
 def gaussian_directions(count, width, seed):
     """Random directions of norm 1, [count, width]."""

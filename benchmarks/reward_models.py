@@ -4,16 +4,17 @@
     python benchmarks/reward_models.py TruthfulQA=truthfulqa.jsonl --quick          a subset, in minutes
 
 Texts longer than --max-length are cut for all alike: the response at its end (the prompt keeps at most half), then the prompt at its
-beginning. Splits are those of stage 1. Everything is fitted on train; learning rate, K, L2, when to stop and the temperature on dev.
+beginning. Splits are those of stage 1. Everything is fitted on train; when to stop, the temperature and what a line below says, on dev.
 
-    sparserm        stages 1 to 3 with their defaults (but for --patience 100, as for the other heads)
+    sparserm        stages 1 to 3 with their defaults (but for --patience 100, as for the other heads): dev chooses K
+    searched        the same scores, where dev chooses K, L2 and the learning rate, as for the dense head
     full            TRL's RewardTrainer, all weights and a scalar head on the last block, --epochs epochs
     lora            the same with PEFT: rank 16 on every matrix of the blocks, and the scalar head
-    dense           a linear Bradley-Terry head on z, the vector that SparseRM projects
-    dense_last      the same head on the last block's output
-    mlp             z, 512 hidden units, a scalar: two layers
+    dense           a linear Bradley-Terry head on z, the vector that SparseRM projects; dev: L2, learning rate
+    dense_last      the same head on the last block's output after the final norm, where the fine-tuned models have theirs
+    mlp             z, 512 hidden units, a scalar: two layers; dev: L2, learning rate
     swift           like SWIFT (arXiv 2505.12225): every response token gets a reward and a gate, both linear; the gated mean. Of one
-                    layer here, of all in the paper
+                    layer here, of all in the paper; dev: L2. It stops after 20 epochs without a gain
     words           1- and 2-grams of the response
     likelihood      the backbone's own log-likelihood of the response; sum or mean a token, by dev
 
@@ -27,6 +28,7 @@ import argparse
 import concurrent.futures
 import copy
 import importlib
+import itertools
 import json
 import os
 import resource
@@ -48,14 +50,22 @@ stage1, stage2, stage3, stage4 = (importlib.import_module(n) for n in
 cut = importlib.import_module("align").cut
 RESULTS = ROOT / "benchmarks/results/reward_models.json"
 FROZEN_JOBS = ("heads", "tokens")
-FROZEN = ("sparserm", "dense", "dense_last", "mlp", "words", "swift", "likelihood")
+FROZEN = ("sparserm", "searched", "dense", "dense_last", "mlp", "words", "swift", "likelihood")
 RATES = {"full": (1e-5, 3e-5, 1e-4), "lora": (1e-4, 3e-4, 1e-3)}
-# the linear heads on all of z: in so many dimensions a step of 0.01 may already be too large, so dev chooses that too
-LINEAR = {f"{d:g}, {lr:g}": {"columns": slice(None), "weight_decay": d, "lr": lr} for d in stage4.DENSE for lr in (0.01, 0.001)}
 SAME = ("model", "layer", "sae", "max_length", "epochs", "threads", "dev_pairs", "test_pairs", "other_pairs")       # in one --out folder
 SIDES, DEV, TEST = stage4.SIDES, stage1.DEV, stage1.TEST
 PATIENCE = 100          # epochs: with few train pairs an epoch is one step, and 20 of them stop a head before it has begun
 SETTINGS = {"lr": 0.01, "weight_decay": 0.1, "epochs": 200, "patience": PATIENCE}         # of stage 3 otherwise
+
+
+def searched(columns):
+    """{name: columns of z or of scores} → options for dev: with each L2 penalty, and a step of 0.01 or, where many dimensions
+    go together, 0.001."""
+    return {f"{name}{d:g}, {lr:g}": {**of, "weight_decay": d, "lr": lr} for name, of in columns.items() for d in stage4.DENSE
+            for lr in (0.01, 0.001)}
+
+
+WHOLE = searched({"": {"columns": slice(None)}})
 
 
 # ---------------------------------------------------------------- the pairs, the same for all
@@ -79,7 +89,8 @@ def prepare(file, run, train_pairs, args):
         for prompt, *both in rows_of.usable_pairs(tokenizer, raw, None, None)[0]:
             chosen, rejected = (cut_response(tokenizer, prompt, text, args.max_length) for text in both)
             rows.append({"id": f"{n}-{raw.get('id', '')}", "prompt": prompt, "chosen": chosen, "rejected": rejected,
-                         "question": stage1.question_of(prompt), "split": stage1.split_of(prompt)})
+                         "question": stage1.question_of(prompt), "split": stage1.split_of(prompt),
+                         "cut": (chosen != both[0]) + (rejected != both[1])})
     counts = {"train": train_pairs, "dev": args.dev_pairs, "test": args.test_pairs}
     kept = [row for split, count in counts.items() for row in some([r for r in rows if r["split"] == split], count)]
     files.write_rows(run / "cut.jsonl", [{n: r[n] for n in ("id", "prompt", "chosen", "rejected")} for r in kept])
@@ -93,7 +104,8 @@ def prepare(file, run, train_pairs, args):
         if status:
             raise files.UserError(f"{script} failed · {run} · its own line above says why")
         peak = max(peak, usage.ru_maxrss / 2**20)
-    files.write_text(run / "peak.json", json.dumps({"peak_gib": peak}) + "\n")
+    done = {"peak_gib": peak, "cut": sum(r["cut"] for r in kept), "texts": 2 * len(kept)}
+    files.write_text(run / "prepared.json", json.dumps(done) + "\n")
 
 
 def load_pairs(run):
@@ -272,15 +284,16 @@ def activations(run, layer, test=None):
 
 def run_heads(job):
     """The methods that read stage 1's activations, without the backbone → {method: its results}."""
-    run, layer = Path(job["run"]), job["layer"]
-    reward = stage3.RewardModel(*files.load_stage(run / "reward_head.safetensors"), None)
-    top = int(reward.meta["backbone"].split("-")[-4]) - 1
+    run, layer, backbone = Path(job["run"]), job["layer"], stage1.load_backbone(job["model"])
+    reward, (features, meta) = (stage3.RewardModel(*files.load_stage(run / "reward_head.safetensors"), None),
+                                files.load_stage(run / "features.safetensors"))
+    top, norm = len(backbone.blocks) - 1, final_norm(backbone.model)
     at = lambda layer: {None: activations(run, layer), job["set"]: activations(run, layer, 10**9),
                         **{name: activations(Path(other), layer, job["other_pairs"]) for name, other in job["others"].items()}}
     below, above = Fits(split := activations(run, layer).split, at(layer)), Fits(split, at(top))
     z = lambda pairs: pairs.z
 
-    def head(options=LINEAR, seeds=range(5), scale=True, **more):
+    def head(options=WHOLE, seeds=range(5), scale=True, **more):
         def fit(chosen, rejected):
             _, weights, read = stage4.fit_control(chosen, rejected, split, options, {**SETTINGS, **more}, seeds, scale)
             return read, stage3.trained_parameters(weights)
@@ -288,11 +301,16 @@ def run_heads(job):
     responses = lambda pairs: [[r[side] for r in pairs.pairs] for side in SIDES]
     grams = stage4.word_features(responses(below.views[None]), split)
     below.add("sparserm", lambda *_: sparserm(reward, run, layer), z)
+    below.add("searched", head(searched({f"K {k}, ": of for k, of in stage3.k_options(meta["k"]).items()})),
+              lambda pairs: stage4.score_pairs(pairs, features["directions"]))
     below.add("dense", head(), z)
-    below.add("mlp", head(stage4.DENSE, kind="mlp", hidden=512), z)
+    below.add("mlp", head(kind="mlp", hidden=512), z)
     below.add("words", head(stage4.DENSE, (0,), scale=False), lambda pairs: grams(responses(pairs)), None)
-    above.add("dense_last", head(), z, "to the top")
-    below.found["sparserm"]["k"] = reward.meta["k"]
+    above.add("dense_last", head(), lambda pairs: [norm(z.to(backbone.device, backbone.model.dtype)).float().cpu() for z in pairs.z],
+              "to the top")
+    below.found["sparserm"]["k"], backbone.pack = reward.meta["k"], "pad"
+    texts = rendered(backbone.tokenizer, below.views[None].pairs, job["max_length"])
+    below.found["sparserm"]["padded"] = speed(lambda some: stage1.residuals(backbone, some, [layer], "last"), texts)
     return below.found | above.found
 
 
@@ -376,11 +394,18 @@ def temperature_of(row):
 
 
 def same_settings(path, sets, args):
-    """Refuse to mix jobs of other settings or data in one folder."""
+    """Refuse to mix jobs of other settings or data in one folder → writes down these, for once something is done in it."""
     now = {**{n: getattr(args, n) for n in SAME}, "sets": {name: files.file_hash(file) for name, file in sets.items()}}
     if path.exists() and json.loads(path.read_text("utf-8")) != now:
         raise files.UserError(f"its jobs were made with other settings or data · {path} · pass another --out")
-    files.write_text(path, json.dumps(now, indent=1, sort_keys=True) + "\n")
+    return lambda: args.finished or files.write_text(path, json.dumps(now, indent=1, sort_keys=True) + "\n")
+
+
+def settled(jobs):
+    """The jobs when all are done; the first that fails raises at once."""
+    for job in concurrent.futures.as_completed(jobs):
+        job.result()
+    return jobs
 
 
 def all_jobs(args):
@@ -388,18 +413,21 @@ def all_jobs(args):
     out, sets = Path(args.out), dict(s.split("=", 1) for s in args.sets)
     each = lambda values: dict(zip(sets, values if len(values) > 1 else values * len(sets), strict=True))
     train, search, seeds, first = each(args.train_pairs), each(args.search_pairs), each(args.seeds), next(iter(sets))
-    runs = {(name, n): out / f"{name}-{n}" for name in sets for n in {train[name], *(args.curve if name == first else ())}}
-    same_settings(out / "settings.json", sets, args)
+    sizes = {name: sorted({train[name], *(n for n in args.curve if name == first and n < train[name])}) for name in sets}
+    runs = {(name, n): out / f"{name}-{n}" for name in sets for n in sizes[name]}
+    write_down = same_settings(out / "settings.json", sets, args)
     for (name, n), run in runs.items():
-        if not (run / "reward_head.safetensors").exists() and not args.finished:
+        if not (run / "prepared.json").exists() and not args.finished:
             print(f"stages 1 to 3: {run.name}", file=sys.stderr, flush=True)
             prepare(sets[name], run, n, args)
+        write_down()
+    runs = {key: run for key, run in runs.items() if (run / "prepared.json").exists()}
     pool = concurrent.futures.ThreadPoolExecutor(args.workers)
 
     def submit(name, n, method, **more):
         job = {**{key: getattr(args, key) for key in ("model", "layer", "max_length", "epochs", "out", "other_pairs")}, **more,
                "set": name, "n": n, "method": method, "run": str(runs[name, n if (name, n) in runs else train[name]]),
-               "others": {other: str(runs[other, train[other]]) for other in sets if other != name and n in (train[name], search[name])}}
+               "others": {other: str(run) for (other, m), run in runs.items() if other != name and m == train[other] and n == train[name]}}
         return pool.submit(do, job, args)
     try:
         return gather(args, submit, runs, {"train": train, "search": search, "seeds": seeds})
@@ -413,31 +441,35 @@ def frozen_rows(heads, tokens, pairs):
     for name, row in rows.items():
         read = 2 * len(pairs["train"] + pairs["dev"]) / rate[row["place"]] if row["place"] and name != "likelihood" else 0
         row |= {"seconds": row["fit_seconds"] + read if row["trained"] else 0.0, "texts_a_second": rate.get(row["place"])}
+        if "padded" in row:
+            row["seconds_padded"] = row["fit_seconds"] + read * rate["to L"] / row["padded"]
     return {name: [row] for name, row in rows.items()}
 
 
-def gather(args, submit, runs, of):
+def gather(args, submit, runs, plan):
     """Submit all jobs, the final fits of full and lora when their learning rates are known → as all_jobs."""
-    train, search, seeds, sets = of["train"], of["search"], of["seeds"], list(of["train"])
+    train, search, seeds, first = plan["train"], plan["search"], plan["seeds"], next(iter(plan["train"]))
+    sets = [name for name in train if (name, train[name]) in runs]
     frozen = {key: [submit(*key, method) for method in FROZEN_JOBS] for key in runs}
-    tried = {(name, method, lr): submit(name, search[name], method, lr=lr, seed=0, search=True)
-             for name in sets for method in RATES for lr in RATES[method] if search[name] and not args.frozen}
-    tried = {key: job.result()[key[1]] for key, job in tried.items() if job.result()}
-    rates = {}
-    for name in sets if tried else ():
-        for method in RATES:
-            of = lambda lr, name=name, method=method: tried.get((name if search[name] else sets[0], method, lr))
-            rates[name, method] = min(filter(of, RATES[method]), key=lambda lr, of=of: nll(of(lr)["dev"], temperature_of(of(lr))))
+    trials = {(name, method, lr): submit(name, search[name], method, lr=lr, seed=0, search=True)
+              for name in sets for method in RATES for lr in RATES[method] if search[name] and not args.frozen}
+    settled([job for jobs in (*frozen.values(), trials.values()) for job in jobs])
+    tried, rates = {key: job.result()[key[1]] for key, job in trials.items() if job.result()}, {}
+    for name, method in itertools.product(sets, RATES):
+        rows = {lr: tried.get((name if search[name] else first, method, lr)) for lr in RATES[method]}
+        if all(rows.values()):
+            rates[name, method] = min(rows, key=lambda lr, rows=rows: nll(rows[lr]["dev"], temperature_of(rows[lr])))
     wanted = [(seed, n != train[name], name, n, method) for name, n in runs for method in RATES for seed in range(seeds[name])
-              if rates and (seed == 0 or n == train[name])]
+              if (name, method) in rates and (seed == 0 or n == train[name])]
     final = {(name, n, method, seed): submit(name, n, method, lr=rates[name, method], seed=seed, search=False)
              for seed, _, name, n, method in sorted(wanted, key=lambda w: w[:2])}
+    settled(final.values())
     found = {key: frozen_rows(*(job.result() for job in jobs), load_pairs(runs[key])) for key, jobs in frozen.items()
              if all(job.result() for job in jobs)}
     for (name, n, method, _), job in final.items():
         if job.result() and (name, n) in found:
             found[name, n].setdefault(method, []).append(job.result()[method])
-    return found, runs, {name: {m: rates[name, m] for m in RATES} for name in sets if rates}
+    return found, runs, {name: {m: rates[name, m] for m in RATES if (name, m) in rates} for name in sets if rates}
 
 
 # ---------------------------------------------------------------- figures and tables
@@ -455,25 +487,27 @@ def figures(found, runs, rates, args):
             rows[method] = {**stage4.summary(d, groups), "behind": stage4.gap(ours, d, groups),
                             "nll": float(np.mean([nll(row["test"][name], temperature_of(row)) for row in seeds])),
                             **{key: float(np.mean([row[key] for row in seeds])) for key in ("seconds", "trained")},
-                            **{key: seeds[0].get(key) for key in ("texts_a_second", "peak_gib")}}
+                            **{key: seeds[0].get(key) for key in ("texts_a_second", "peak_gib")},
+                            **({"seconds_padded": seeds[0].get("seconds_padded")} if method == "sparserm" else {})}
             others = [other for other in own if other != name and other in seeds[0]["test"]]
             if others:
                 pooled = lambda row, others=others: np.concatenate([row["test"][other] for other in others])[None]
                 where = np.concatenate([[p["group"] for p in own[other]["test"][:len(seeds[0]["test"][other])]] for other in others])
                 rows[method]["others"] = {**stage4.summary(pooled(seeds[0]), where), "names": others,
                                           "behind": stage4.gap(pooled(methods["sparserm"][0]), pooled(seeds[0]), where)}
-        peak = runs[name, n] / "peak.json"
-        rows["sparserm"]["peak_gib"] = json.loads(peak.read_text("utf-8"))["peak_gib"] if peak.exists() else None
+        prepared = json.loads((runs[name, n] / "prepared.json").read_text("utf-8"))
+        rows["sparserm"]["peak_gib"] = prepared["peak_gib"]
         result.setdefault(name, {})[str(n)] = {"pairs": {split: len(rows) for split, rows in pairs[name, n].items()}, "methods": rows,
-                                               "k": methods["sparserm"][0]["k"], "likelihood": methods["likelihood"][0]["way"]}
+                                               "cut": prepared["cut"], "texts": prepared["texts"], "k": methods["sparserm"][0]["k"],
+                                               "likelihood": methods["likelihood"][0]["way"]}
     settings = {key: getattr(args, key) for key in (*SAME, "train_pairs", "search_pairs", "seeds", "curve")} | {
         "model": Path(args.model).name, "sae": Path(args.sae).name, "rates": RATES, "torch": torch.__version__}
     return {"settings": settings, "rates": rates, "backbone_parameters": args.parameters, "sets": result}
 
 
-NAMES = {"sparserm": "SparseRM", "full": "full fine-tuning (TRL)", "lora": "LoRA (TRL, PEFT)", "dense": "dense head, block L",
-         "dense_last": "dense head, last block", "mlp": "2-layer MLP on z", "swift": "SWIFT-style, block L", "words": "words",
-         "likelihood": "log-likelihood"}
+NAMES = {"sparserm": "SparseRM", "searched": "SparseRM, L2 and rate by dev", "full": "full fine-tuning (TRL)",
+         "lora": "LoRA (TRL, PEFT)", "dense": "dense head, block L", "dense_last": "dense head, last block", "mlp": "2-layer MLP on z",
+         "swift": "SWIFT-style, block L", "words": "words", "likelihood": "log-likelihood"}
 
 
 HOLD = importlib.import_module("does_it_hold")

@@ -129,6 +129,7 @@ def test_the_frozen_methods_judge_the_same_pairs_and_sparserm_is_that_of_the_run
     assert found["swift"]["trained"] == 2 * tiny.WIDTH + 2 and found["likelihood"]["trained"] == 0
     read = 2 * (20 + 8) / tokens["rate"]["to L"]                    # what it takes to read train and dev comes to the fit
     assert found["dense"]["seconds"] == pytest.approx(heads["dense"]["fit_seconds"] + read)
+    assert found["sparserm"]["seconds_padded"] > found["sparserm"]["fit_seconds"] and "seconds_padded" not in found["dense"]
     assert found["words"]["seconds"] == heads["words"]["fit_seconds"] and found["words"]["texts_a_second"] is None
 
 
