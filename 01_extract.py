@@ -334,10 +334,10 @@ def prepare_pairs(args, tokenizer):
     write = functools.partial(open, mode="w", encoding="utf-8", errors="backslashreplace")    # half of a UTF-16 pair stays a JSON escape
     with moved_into_place(run / "pairs.jsonl") as good_path, write(good_path) as good:
         with moved_into_place(run / "dropped.jsonl") as bad_path, write(bad_path) as bad:
-            for where, raw in read_rows(args.pairs):
+            for n, (where, raw) in enumerate(read_rows(args.pairs)):
                 if args.limit and seen["kept"] >= args.limit:
                     break
-                found, reasons = usable_pairs(tokenizer, raw, args.label, args.max_length)
+                found, reasons = usable_pairs(tokenizer, raw, args.label, args.max_length, first=None if n else where)
                 for reason in reasons:
                     bad.write(line({"where": where, "reason": reason, "row": raw}))
                     seen["dropped"].append((reason, where))
@@ -504,7 +504,8 @@ def report(args, seen, computed, count):
           f"\nshards     {computed} computed, {count * len(args.layer) - computed} found complete"
           f"\nwritten    {args.run}/pairs.jsonl, {args.run}/activations/")
     if dropped:
-        print(f"dropped    {args.run}/dropped.jsonl, the first because: {dropped[0][0]}")
+        why = collections.Counter(reason for reason, _ in dropped).most_common(4)
+        print(f"dropped    {args.run}/dropped.jsonl: {', '.join(f'{count} × {reason}' for reason, count in why)}")
     shipped = f"assets/sae-smollm2-135m-layer{args.layer[0]}.safetensors"
     which = f" --layer {args.layer[0]}" if len(args.layer) > 1 else ""
     print(f"\nnext: python 02_select_features.py --run {args.run}{which} --sae "

@@ -154,8 +154,9 @@ def warnings_of(sae, every=None, ended=None):
     if seen and stated and seen["l0"] > 2 * float(stated):
         found.append(f"L0 {seen['l0']:.0f}, stated {float(stated):.0f}: a wrong scale or threshold, or BOS missing")
     if ended and ended["explained_variance"] < 0.2 and (not every or every["explained_variance"] >= 0.3):
-        found.append(f"explained variance {ended['explained_variance']:.2f} at the scored token: the SAE has hardly seen a chat template; "
-                     "try --token content")
+        cause = "the SAE has hardly seen a chat template; try --token content" if ended["explained_variance"] > -1 else \
+            "is it an SAE of this model and layer?"
+        found.append(f"explained variance {ended['explained_variance']:.2f} at the scored token: {cause}")
     return found
 
 

@@ -313,6 +313,8 @@ def main():
     for number, name in ((TRAIN, "train"), (DEV, "dev")):
         if not (split == number).any():
             raise UserError(f"no pair is in the {name} split · {path} · more pairs, or another --split in 01_extract.py")
+    if (split == DEV).sum() < 30:
+        print(f"note: only {int((split == DEV).sum())} dev pairs, which choose K, when to stop and the temperature: more would be safer")
     if args.k != "auto" and not (args.k.isdigit() and 1 <= int(args.k) <= total):
         raise UserError(f"--k must be auto or 1 to {total} · --k {args.k} · {total} latents a side were selected in stage 2")
     record = {**meta, "stage": "head", "asked": {"k": args.k, "seeds": args.seeds}, "settings": settings_of(args),

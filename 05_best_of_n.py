@@ -257,7 +257,7 @@ def rank(args):
                         "run stage 1 with a larger --max-length")
     if len(whole) < len(rows):
         print(f"note: {len(rows) - len(whole)} prompts have a candidate that is too long to score: ranked last, not in the curve")
-    out = Path(args.out or Path(args.candidates).with_suffix(".ranked.jsonl").name)
+    out = Path(args.out or Path(args.reward).parent / Path(args.candidates).with_suffix(".ranked.jsonl").name)
     write_rows(out, rows)
     finish(out, whole)
 
@@ -296,7 +296,7 @@ def pairs(args):
             row |= {"prompt": chat("user", row["prompt"]) if isinstance(row["prompt"], str) else row["prompt"],
                     "chosen": chat("assistant", row["chosen"]), "rejected": chat("assistant", row["rejected"])}
         (dropped if "reason" in row else kept).append(row)
-    out = Path(args.out or Path(args.filter or args.candidates).with_suffix(".pairs.jsonl").name)
+    out = Path(args.out or Path(args.reward).parent / Path(args.filter or args.candidates).with_suffix(".pairs.jsonl").name)
     write_rows(out, kept)
     write_rows(out.with_suffix(".dropped.jsonl"), dropped)
     print(f"\n{len(kept)} pairs kept, {len(dropped)} dropped\nwritten {out}, {out.with_suffix('.dropped.jsonl')}"
@@ -310,8 +310,8 @@ def chat(role, text):
 
 def existing_pairs(path, reward, label=None):
     """Pairs of any accepted layout → rows {id, prompt, chosen, rejected}, with a reason where one cannot be used."""
-    for where, raw in read_rows(path):
-        found, reasons = stage1.usable_pairs(reward.backbone.tokenizer, raw, label, reward.meta["max_length"])
+    for n, (where, raw) in enumerate(read_rows(path)):
+        found, reasons = stage1.usable_pairs(reward.backbone.tokenizer, raw, label, reward.meta["max_length"], None if n else where)
         name = raw.get("id") if isinstance(raw, dict) else None
         name = where.rpartition(":")[2] if name is None else name
         yield from ({"id": name, "reason": reason, "row": raw} for reason in reasons)
@@ -321,9 +321,9 @@ def existing_pairs(path, reward, label=None):
 def best_and_worst(rows, reward, head):
     """Candidates → rows {id, prompt, chosen = the best scored, rejected = the worst}. Scores of this head are not computed again."""
     for n, row in enumerate(rows):
-        texts = list(dict.fromkeys(row["candidates"]))
+        texts = [text for text in dict.fromkeys(row["candidates"]) if text.strip()]
         if len(texts) < 2:
-            yield {"id": str(n), "prompt": row["prompt"], "reason": "fewer than two different candidates"}
+            yield {"id": str(n), "prompt": row["prompt"], "reason": "fewer than two different candidates that are not empty"}
             continue
         scores = row.get("scores")
         if row.get("reward") != head or not are_numbers(scores, len(row["candidates"])):
@@ -337,7 +337,7 @@ def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--reward", default="runs/demo/reward_head.safetensors", help="head of stage 3 (default runs/demo/…)")
-    common.add_argument("--out", help="file to write, .jsonl")
+    common.add_argument("--out", help="file to write, .jsonl (default: beside the head, named after the input)")
     common.add_argument("--device", default="auto", help="cpu, cuda, … (default auto)")
     common.add_argument("--model", help="another copy of the reward's backbone")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")

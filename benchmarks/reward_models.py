@@ -518,8 +518,10 @@ def table(found):
     """The figures → markdown: a table for each set with all its train pairs, then the curve over their number."""
     text, parts = "", found["backbone_parameters"]
     for name, sizes in found["sets"].items():
-        counts, rows = sizes[max(sizes, key=int)]["pairs"], sizes[max(sizes, key=int)]["methods"]
-        text += HOLD.head_line(f"{name}: {counts['train']} train, {counts['test']} test pairs", (
+        run = sizes[max(sizes, key=int)]
+        counts, rows = run["pairs"], run["methods"]
+        cut = f"{run['cut']} of {run['texts']:,} texts cut"
+        text += HOLD.head_line(f"{name}: {counts['train']} train, {counts['test']} test pairs, {cut}", (
             "accuracy", "SparseRM minus it", "NLL", "other sets", "SparseRM minus it, there", "trained parameters", "seconds", "texts/s",
             "peak GiB"))
         for method in (m for m in NAMES if m in rows):

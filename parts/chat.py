@@ -58,6 +58,11 @@ def control_tokens(tokenizer):
     return re.compile("|".join(map(re.escape, names)) or "(?!)"), ids
 
 
+def is_conversation(messages):
+    """Is this list one of messages with role and content, at least one?"""
+    return bool(messages) and all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages)
+
+
 def render(tokenizer, prompt, response, max_length=None):
     """Prompt (str or messages) + response → Text. The one path to token ids, for training and for scoring.
 
@@ -65,6 +70,9 @@ def render(tokenizer, prompt, response, max_length=None):
     typed into a text gets a space after its first character, so that it does not act as one. Longer than max_length:
     whole turns of the prompt are cut from the left, then its words; never the response (then: UserError).
     """
+    if not isinstance(response, str) or not (isinstance(prompt, str) or isinstance(prompt, (list, tuple)) and is_conversation(prompt)):
+        raise TypeError("a prompt is a text or a list of {role, content}, a response is a text; these are "
+                        f"{type(prompt).__name__} and {type(response).__name__}")
     pattern, _ = control_tokens(tokenizer)
     clean = lambda text: pattern.sub(lambda m: m[0][0] + " " + m[0][1:], text)
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -76,7 +84,8 @@ def render(tokenizer, prompt, response, max_length=None):
             return text
         turns = cut_prompt(tokenizer, turns, len(text.ids) - max_length)
         if turns is None:
-            raise UserError(f"response longer than max length · {len(text.ids)} tokens, {max_length} allowed · raise --max-length")
+            raise UserError(f"response longer than max length · {len(text.ids)} tokens, {max_length} allowed · shorten it, or run stage 1 "
+                            "with a larger --max-length")
 
 
 def render_turns(tokenizer, turns, response):

@@ -134,6 +134,8 @@ def in_words(result, sae_warnings):
     accuracy = result["accuracy"]
     if accuracy["sparserm"]["low"] <= 0.5:
         found.insert(0, "the interval of SparseRM's own accuracy reaches down to one half: no better than a coin is not ruled out")
+    if accuracy["sparserm"]["n"] < 50:
+        found.insert(0, f"only {accuracy['sparserm']['n']} test pairs: even a large difference between two rows may be chance")
     if accuracy["shuffled_labels"]["low"] > 0.5:
         found.insert(0, "with shuffled labels the method is right more than half the time: test pairs leak into training, look for it")
     if accuracy["words"]["high"] < 0.5:

@@ -15,7 +15,7 @@ import re
 import zlib
 from pathlib import Path
 
-from parts.chat import render
+from parts.chat import is_conversation, render
 from parts.files import UserError
 from parts.models import await_hub
 
@@ -31,6 +31,8 @@ def read_rows(path):
     path = Path(path)
     if not path.is_file():
         raise UserError(f"file not found · {path} · name a .jsonl, .json or .csv file, or hub:REPO")
+    if path.suffix in (".parquet", ".arrow", ".tsv", ".xlsx"):
+        raise UserError(f"{path.suffix} is not read · {path} · convert it to .jsonl, or put it into a folder and name hub:FOLDER")
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as raw:
         text = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
         name = path.name.removesuffix(".gz")
@@ -110,8 +112,12 @@ def split_common(chosen, rejected):
     return None
 
 
+class NoLayout(UserError):
+    """The columns of a row are those of no layout."""
+
+
 def pairs_of_row(row, label=None):
-    """One row of any accepted layout → list of (prompt, chosen, rejected); a str says why there is none."""
+    """One row of any accepted layout → list of (prompt, chosen, rejected); a str says why there is none. Errors: NoLayout."""
     has = set(row)
     if {"question"} <= has and has & {"mc1_targets", "mc2_targets"}:            # TruthfulQA
         target = row.get("mc2_targets") or row["mc1_targets"]
@@ -125,14 +131,15 @@ def pairs_of_row(row, label=None):
         best = int(row[f"{label}_response_id"])
         return [(row["prompt"], row[f"response_{best}"], row[f"response_{1 - best}"])] if best in (0, 1) else "no label"
     if not {"chosen", "rejected"} <= has:
-        raise UserError(f"columns not recognised: {', '.join(sorted(map(str, has)))} · first row · accepted: {ACCEPTED}")
+        raise NoLayout(f"columns not recognised: {', '.join(sorted(map(str, has)))}")
     prompt, chosen, rejected = (messages_of(row.get(name)) for name in ("prompt", "chosen", "rejected"))
     if isinstance(chosen, list) and chosen and isinstance(chosen[0], str):       # RM-Bench, RewardBench 2
         rejected = rejected if isinstance(rejected, list) else [rejected]
         both = zip(chosen, rejected) if len(chosen) == len(rejected) else itertools.product(chosen, rejected)
         return [(prompt, c, r) for c, r in both]
     talks = isinstance(chosen, list) and isinstance(rejected, list) and len(chosen) > 2 and len(rejected) > 2
-    if prompt in (None, "", []) or talks:           # TRL implicit, hh-rlhf, conversations that hold more than the prompt
+    lost = "prompt" in has and isinstance(chosen, str) and not re.match(r"\s*Human:", chosen)      # an empty cell, not TRL implicit
+    if prompt in (None, "", []) and not lost or talks:          # TRL implicit, hh-rlhf, conversations that hold more than the prompt
         if type(chosen) is not type(rejected) or not chosen or not rejected:
             return "chosen and rejected are not both text or both messages"
         parts = split_common(chosen, rejected)
@@ -149,10 +156,15 @@ def pairs_of_row(row, label=None):
     return [(prompt, *sides)]
 
 
-def usable_pairs(tokenizer, row, label, max_length):
-    """One row → (list of (prompt, chosen, rejected) that can be scored, list of reasons for those that cannot)."""
+def usable_pairs(tokenizer, row, label, max_length, first=None):
+    """One row → (list of (prompt, chosen, rejected) that can be scored, list of reasons for those that cannot). first: where the row
+    stands, if it is the first of its file: then a layout that is none is the file's, and an error."""
     try:
         found = pairs_of_row(row, label) if isinstance(row, dict) else "not a JSON object"
+    except NoLayout as error:
+        if first:
+            raise UserError(f"{error} · {first} · accepted: {ACCEPTED}") from None
+        found = str(error)
     except UserError:
         raise
     except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
@@ -161,11 +173,6 @@ def usable_pairs(tokenizer, row, label, max_length):
         return [], [found]
     reasons = [problem_with(tokenizer, *pair, max_length) for pair in found]
     return [pair for pair, reason in zip(found, reasons) if not reason], [reason for reason in reasons if reason]
-
-
-def is_conversation(messages):
-    """Is this list one of messages with role and content, at least one?"""
-    return bool(messages) and all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages)
 
 
 def problem_with(tokenizer, prompt, chosen, rejected, max_length):

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
-from parts.chat import render
-from parts.files import save_stage
+from parts.chat import is_conversation, render
+from parts.files import UserError, save_stage
 from parts.rows import pairs_of_row, read_rows
 from sae import NAMES, SAE, SAEError, load_sae
 
@@ -31,15 +31,21 @@ def read_texts(path):
     """Texts of a JSONL file (also .gz): rows with `text`, with `messages`, or pairs → list of str or messages."""
     texts = []
     for _, row in read_rows(path):
+        if not isinstance(row, dict):
+            continue
         if isinstance(row.get("text"), str):
             texts.append(row["text"])
-        elif isinstance(row.get("messages"), list):
+        elif is_conversation(row.get("messages")):
             texts.append(row["messages"])
-        else:
-            found = pairs_of_row(row)
-            for prompt, chosen, rejected in found if isinstance(found, list) else []:
+        elif {"chosen", "rejected", "question", "response_0"} & set(row):
+            try:
+                found = pairs_of_row(row, "better")
+            except (UserError, TypeError, ValueError, KeyError, AttributeError, IndexError):        # stage 1 would drop it
+                continue
+            for prompt, *answers in found if isinstance(found, list) else []:
                 turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-                texts += [[*turns, {"role": "assistant", "content": answer}] for answer in (chosen, rejected)]
+                both = [[*turns, {"role": "assistant", "content": answer}] for answer in answers]
+                texts += [text for text in both if is_conversation(text)]
     if not texts:
         raise SAEError(f"no texts · {path} · rows need text, messages, or prompt, chosen, rejected")
     return texts

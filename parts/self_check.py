@@ -18,10 +18,10 @@ def self_check(run):
     t, meta = load_stage(run / "features.safetensors", "02_select_features.py")
     reward = stage3.RewardModel.load(run / "reward_head.safetensors")
     backbone, tokenizer = reward.backbone, reward.backbone.tokenizer
-    lineage = reward.meta["parent"]["features"] == file_hash(run / "features.safetensors") and \
-        meta["parent"]["pairs"] == file_hash(run / "pairs.jsonl")
-    if not lineage:                     # the rest would compare what does not belong together
-        return [("files belong together", False, "features, pairs")]
+    for file, found, wanted, stage in (("pairs.jsonl", run / "pairs.jsonl", meta["parent"]["pairs"], "02_select_features.py"), (
+            "features.safetensors", run / "features.safetensors", reward.meta["parent"]["features"], "03_train_head.py")):
+        if file_hash(found) != wanted:          # the rest would compare what does not belong together
+            return [("files belong together", False, f"{file} has changed since {stage} read it: run the stages again, in order")]
     pairs = [json.loads(line) for line in (run / "pairs.jsonl").open(encoding="utf-8")]
     rows = (t["split"] == stage3.TRAIN).nonzero().flatten()[::max(1, int((t["split"] == stage3.TRAIN).sum()) // 16)].tolist()
     texts = [(pairs[i]["prompt"], pairs[i][side]) for i in rows for side in ("chosen", "rejected")]
@@ -52,4 +52,4 @@ def self_check(run):
                 ("one by one as together", alone), ("backwards as forwards", backward), (f"padded as packed ({packing})", padded),
                 ("read again from disk", reloaded), ("new scores as those of stages 1 and 2", stored))),
             ("prefer(a, b) + prefer(b, a) = 1", swapped <= limit, f"off by {swapped:.1e} at most"),
-            ("files belong together", lineage, "features, pairs")]
+            ("files belong together", True, "features, pairs")]

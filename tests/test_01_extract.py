@@ -252,6 +252,17 @@ def test_every_layout_gives_prompt_chosen_and_rejected(layout):
     assert pairs_of_row(row, layout.split()[1] if row is PKU else None) == expected
 
 
+def test_a_later_row_of_no_layout_and_an_empty_prompt_are_dropped_and_counted(tmp_path, folder_of):
+    rows = [*({k: v for k, v in row.items() if k != "id"} for row in make_pairs(6)), {"prompt": "q", "chosen": "a"}, {"prompt": "q"},
+            {"prompt": None, "chosen": "Yes, we do repair.", "rejected": "Yes, we do not."},
+            {"prompt": "", "chosen": "a b", "rejected": "a c"}]
+    pairs = save_rows(tmp_path / "p.jsonl", rows)
+    out = succeed("01_extract", "--model", folder_of("gpt2"), "--pairs", pairs, "--layer", 0, "--run", tmp_path)
+    assert "6 kept, 4 dropped" in out
+    assert "dropped.jsonl: 2 × an empty or non-text prompt, 1 × columns not recognised: chosen, prompt, 1 × columns" in out
+    assert [json.loads(line)["where"].rpartition(":")[2] for line in open(tmp_path / "dropped.jsonl")] == list(map(str, range(7, 11)))
+
+
 def test_two_labels_without_a_choice_are_refused(tmp_path, folder_of):
     pairs = save_rows(tmp_path / "p.jsonl", [PKU])
     result = command("01_extract", "--model", folder_of("gpt2"), "--pairs", pairs, "--layer", 0, "--run", tmp_path / "run")

@@ -270,6 +270,9 @@ def test_check_passes_on_a_finished_run_and_fails_on_a_head_that_does_not_belong
     stage1.save_stage(run / "reward_head.safetensors", {**head, "directions": head["directions"].flip(0)}, meta)
     code, _, err = command("03_train_head", "--run", run, "--check")
     assert code == 1 and "Traceback" not in err
+    (run / "pairs.jsonl").write_text("{}\n")
+    code, out, _ = command("03_train_head", "--run", run, "--check")
+    assert code == 1 and "pairs.jsonl has changed since 02_select_features.py read it: run the stages again" in out
 
 
 def in_order(real):

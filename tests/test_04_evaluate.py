@@ -312,7 +312,7 @@ def test_the_most_wrong_pairs_are_those_of_test_with_the_lowest_difference_and_a
 
 def test_a_control_is_spoken_of_unless_the_interval_of_the_difference_is_clear_of_0():
     clear, touching, below = ({"mean": 0.1, "low": low, "high": high} for low, high in ((0.001, 0.2), (0.0, 0.2), (-0.3, -0.01)))
-    fine = {"sparserm": {"low": 0.6}, "shuffled_labels": {"low": 0.4}, "words": {"high": 0.6}}
+    fine = {"sparserm": {"low": 0.6, "n": 50}, "shuffled_labels": {"low": 0.4}, "words": {"high": 0.6}}
     said = lambda accuracy=fine, **changed: report.in_words(
         {"differences": dict.fromkeys(CONTROLS, clear) | changed, "accuracy": accuracy}, [])
     assert said() == [] and said(dense={"mean": -0.1, "low": -0.3, "high": 0.0}) == []
@@ -322,8 +322,9 @@ def test_a_control_is_spoken_of_unless_the_interval_of_the_difference_is_clear_o
         assert said(**{name: below}) == [f"{name.replace('_', ' ')} (+0.100): measurably better than SparseRM here"]
     assert "measurably better" in said(dense=below)[0] and len(said(words=touching, dense=below, length=below)) == 3
     assert report.in_words({"differences": dict.fromkeys(CONTROLS, clear), "accuracy": fine}, ["odd"]) == ["SAE: odd"]
-    assert "coin" in said(fine | {"sparserm": {"low": 0.5}})[0] and "leak" in said(fine | {"shuffled_labels": {"low": 0.51}})[0]
+    assert "coin" in said(fine | {"sparserm": {"low": 0.5, "n": 50}})[0] and "leak" in said(fine | {"shuffled_labels": {"low": 0.51}})[0]
     assert "below one half" in said(fine | {"words": {"high": 0.49}})[0]
+    assert "only 49 test pairs" in said(fine | {"sparserm": {"low": 0.6, "n": 49}})[0]
 
 
 # ---------------------------------------------------------------- the stage

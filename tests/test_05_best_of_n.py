@@ -273,7 +273,8 @@ def test_rows_of_a_prompt_and_a_response_are_grouped(at):
 
 
 def test_pairs_are_the_best_against_the_worst_by_this_reward_and_not_by_scores_of_another(at, reward):
-    rows = done(at, "pairs", [CANDIDATES[0], CANDIDATES[1] | {"scores": [9.0, 8.0, 7.0, 6.0]}, {"prompt": "a", "candidates": ["b", "b"]}])
+    rows = done(at, "pairs", [CANDIDATES[0], CANDIDATES[1] | {"scores": [9.0, 8.0, 7.0, 6.0]},
+                              {"prompt": "a", "candidates": ["b", "", "b"]}])
     assert len(rows) == 2
     for row, source in zip(rows, CANDIDATES):
         scores = dict(zip(source["candidates"], reward.score([source["prompt"]] * 4, source["candidates"])))

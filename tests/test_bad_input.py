@@ -32,7 +32,8 @@ CASES = [       # command, what is wrong with {at}/bad… (bytes; str: a copy of
     (ONE + "bad.jsonl", PAIR.encode("utf-16"), "bad.jsonl"),
     (ONE + "bad.jsonl", b"\xff\xfe\xfa", "bad.jsonl"),
     (ONE + "bad.jsonl", ROW(question="q", answer="a"), "columns not recognised: answer, question"),
-    (ONE + "bad.jsonl", ROW(prompt="q", chosen="a"), "columns not recognised"),
+    (ONE + "bad.jsonl", ROW(prompt="q", chosen="a"), "columns not recognised: chosen, prompt · .*bad.jsonl:1 "),
+    (ONE + "bad.parquet", b"PAR1", "parquet is not read .* hub:FOLDER"),
     (ONE + "bad.jsonl", ROW(prompt="q", response_0="a", response_1="b", safer_response_id=0), "--label"),
     (ONE + "bad.jsonl --label better", ROW(prompt="q", response_0="a", response_1="b", safer_response_id=0), "better_response_id"),
     (ONE + "bad.jsonl", PAIR.encode() + ROW(prompt="q", chosen=1, rejected=2) * 2, "more than half"),
@@ -105,7 +106,7 @@ CASES = [       # command, what is wrong with {at}/bad… (bytes; str: a copy of
     (TRAIN + "pairs.jsonl --layer 9", b"", "layer 9"),
     ("sae info {at}/bad.npz", b"PK\x03\x04", "bad.npz"),
     ("sae info {at}/bad", None, "file not found"),
-    ("sae check {at}/sae.safetensors --model {model} --texts {at}/bad.jsonl", b"{}\n", "columns not recognised"),
+    ("sae check {at}/sae.safetensors --model {model} --texts {at}/bad.jsonl", b"{}\n[1]\n", "rows need text, messages, or"),
 ]
 
 

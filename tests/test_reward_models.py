@@ -186,7 +186,7 @@ def test_the_rate_with_the_lowest_dev_nll_trains_on_all_and_every_seed(prepared,
     assert finals(asked) == sorted(("set", m, rate, 20, seed) for m, rate in (("full", 3e-5), ("lora", 1e-3)) for seed in (0, 1))
     assert [j["n"] for j in asked if j.get("search")] == [6] * 6
     out = capsys.readouterr().out
-    assert "| full fine-tuning (TRL) (2 seeds) | .900 [" in out and "| set: 20 train, 10 test pairs |" in out
+    assert "| full fine-tuning (TRL) (2 seeds) | .900 [" in out and "| set: 20 train, 10 test pairs, 0 of 76 texts cut |" in out
     assert "+.000 [+.000, +.000]" in out                             # all are right on the same pairs
     with tiny.argv(source, "--out", folder, "--train-pairs", 20, "--epochs", 3), \
             pytest.raises(bench.files.UserError, match="other settings"):

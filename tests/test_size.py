@@ -12,7 +12,7 @@ ALL = TOP + sorted((tiny.ROOT / "parts").glob("*.py"))
 
 def test_the_scripts_at_the_top_level_have_at_most_2500_lines():
     lines = lambda paths: sum(len(path.read_text("utf-8").splitlines()) for path in paths)
-    assert len(TOP) == 6 and lines(TOP) <= 2500 and lines(ALL) <= 4000          # with parts/, which a reader may leave out
+    assert len(TOP) == 6 and lines(TOP) <= 2500 and lines(ALL) <= 4050          # with parts/, which a reader may leave out
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.name)

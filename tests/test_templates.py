@@ -163,6 +163,13 @@ def test_that_a_template_has_no_system_turn_is_said(tmp_path):
     assert "no system turn" in succeed("01_extract", "--model", model, "--pairs", rows, "--layer", 0, "--run", tmp_path / "run")
 
 
+@pytest.mark.parametrize("prompt, response", [("q", None), ("q", [{"role": "assistant", "content": "a"}]), (5, "a"),
+                                              ([{}], "a"), ([], "a"), ({"role": "user", "content": "q"}, "a")])
+def test_what_is_no_text_is_named_and_not_scored(prompt, response):
+    with pytest.raises(TypeError, match=f"{type(prompt).__name__} and {type(response).__name__}"):
+        stage1.render(tiny.make_tokenizer(), prompt, response)
+
+
 @EVERY
 def test_control_tokens_typed_into_a_turn_do_not_act(family):
     tokenizer = tokenizer_of(family)
