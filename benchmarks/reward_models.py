@@ -489,7 +489,7 @@ def figures(found, runs, rates, args):
                             **{key: float(np.mean([row[key] for row in seeds])) for key in ("seconds", "trained")},
                             **{key: seeds[0].get(key) for key in ("texts_a_second", "peak_gib")},
                             **({"seconds_padded": seeds[0].get("seconds_padded")} if method == "sparserm" else {})}
-            others = [other for other in own if other != name and other in seeds[0]["test"]]
+            others = [other for other in own if other != name and all(other in row["test"] for row in (seeds[0], methods["sparserm"][0]))]
             if others:
                 pooled = lambda row, others=others: np.concatenate([row["test"][other] for other in others])[None]
                 where = np.concatenate([[p["group"] for p in own[other]["test"][:len(seeds[0]["test"][other])]] for other in others])

@@ -242,6 +242,12 @@ def claims():
     dense = hold["TruthfulQA"]["accuracy"]["dense"]["accuracy"]
     yield f"({number(ours['4']['ties_half'])} at K = 4, {number(ours['16']['ties_half'])} at 16; dense {number(dense)})"
     yield "Projection beats activation*: clearly on {} and `{}`".format(*better("activations"))
+    assert not worse("activations") and len(hold) == 6
+    yield "on {} and {} activations are the ones ahead, not clearly".format(
+        *(n for n, r in hold.items() if r["differences"]["activations"]["mean"] < 0))
+    assert hold["truthful"]["differences"]["shuffled_labels"]["low"] < 0            # said under "Limits"
+    far = lambda r: r["accuracy"]["dense"]["accuracy"] - r["curves"]["k"]["sparserm"]["4"]["ties_half"] > 0.08
+    assert [n for n, r in hold.items() if far(r)] == ["RM-Bench-safety", "PyRIT", "safe"]
     assert worse("dense") == ["RM-Bench-safety"] and not better("dense")
     yield f"level elsewhere (TruthfulQA {cell(hold['TruthfulQA']['differences']['dense'], 'mean', '+')})".replace("-0", "-")
     yield "More than the wording*: clearly on `{}` and `{}`".format(*better("words"))
@@ -276,14 +282,26 @@ def claims():
 def fine_tuning(found):
     """What the prose says of SparseRM against fine-tuned reward models."""
     sets = {name: sizes[max(sizes, key=int)]["methods"] for name, sizes in found["sets"].items()}
-    ours, full, lora = (sets["TruthfulQA"][m] for m in ("sparserm", "full", "lora"))
-    word = lambda row: "ahead" if row["behind"]["low"] > 0 else "behind" if row["behind"]["high"] < 0 else "level"
-    for method, name in (("full", "full fine-tuning"), ("lora", "LoRA"), ("dense", "a dense head on the same z"), ("words", "the words")):
-        yield f"Against {name} it is " + ", ".join(f"{word(rows[method])} on {of}" for of, rows in sets.items() if method in rows)
-    yield f"{ours['trained']:,.0f} weights, {100 * ours['trained'] / found['backbone_parameters']:.2g} % of the backbone's"
-    times = [row["seconds"] / ours["seconds"] for row in (full, lora)]
-    yield "full fine-tuning takes {:.0f} times as long, LoRA {:.0f} times".format(*times)
-    yield "({full:g} and {lora:g})".format(**found["rates"]["TruthfulQA"])
+    ours = {name: rows["sparserm"] for name, rows in sets.items()}
+    word = lambda row: "ahead" if row["behind"]["low"] > 0 else "behind" if row["behind"]["high"] < 0 else "not told apart"
+    for method, name in (("full", "full fine-tuning"), ("lora", "LoRA"), ("dense", "a dense head on the same z"), ("mlp", "an MLP on z"),
+                         ("swift", "a SWIFT-style head"), ("words", "the words"),
+                         ("searched", "itself with L2 penalty and learning rate chosen by dev too")):
+        verdicts = {of: word(rows[method]) for of, rows in sets.items() if method in rows}
+        on = lambda verdict, verdicts=verdicts: " and ".join([of for of in verdicts if verdicts[of] == verdict])
+        every = [f"{verdict} on {on(verdict)}" for verdict in dict.fromkeys(verdicts.values())]
+        yield f"{name}: " + (", ".join(every) if len(every) > 1 else every[0].partition(" on ")[0] + " on any set")
+    first = ours["TruthfulQA"]
+    yield f"{first['trained']:,.0f} weights on TruthfulQA, {100 * first['trained'] / found['backbone_parameters']:.2g} % of the backbone's"
+    for name in ("TruthfulQA", "HH-harmless"):
+        full, lora = (sets[name][m]["seconds"] for m in ("full", "lora"))
+        yield "{:.0f} times as long on {}, LoRA {:.0f} times".format(full / ours[name]["seconds"], name, lora / ours[name]["seconds"])
+        padded = ours[name]["seconds_padded"]
+        yield f"{full / padded:.1f} and {lora / padded:.1f} times on {name}"
+    yield "({full:g} and {lora:g};".format(**found["rates"]["TruthfulQA"])
+    dense = [f"{run['methods']['dense']['ties_half']:.3f}"[1:] for run in found["sets"]["TruthfulQA"].values()]
+    yield "a dense head gets {}, {} and {} from {}, {} and {} pairs".format(
+        *dense, *(run["pairs"]["train"] for run in found["sets"]["TruthfulQA"].values()))
 
 
 PUBLISHED = ["(arXiv 2511.07896, AAAI-26)", "*SparseRM*, arXiv 2511.07896", "2508.08746", "2507.00665", "2505.12225", "1.4 to 2.9 points",
