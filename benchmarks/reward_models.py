@@ -402,10 +402,9 @@ def same_settings(path, sets, args):
 
 
 def settled(jobs):
-    """The jobs when all are done; the first that fails raises at once."""
+    """Wait for all jobs; the first that fails raises at once."""
     for job in concurrent.futures.as_completed(jobs):
         job.result()
-    return jobs
 
 
 def all_jobs(args):

@@ -63,8 +63,7 @@ def read_meta(path, made_by="an earlier stage", stage=None):
         with safe_open(path, "pt") as file:
             meta = dict(json.loads((file.metadata() or {})["sparserm"]))
     except FileNotFoundError:
-        flag = "--run or --reward" if made_by.startswith("03") else "--run"
-        raise UserError(f"file not found · {path} · run {made_by} first, or name the right {flag}") from None
+        raise UserError(f"file not found · {path} · run {made_by} first, or name the right folder or file") from None
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError):
         raise UserError(f"not a complete stage file · {path} · delete it and run {made_by} again") from None
     if stage and meta.get("stage") != stage:

@@ -156,19 +156,24 @@ def pairs_of_row(row, label=None):
     return [(prompt, *sides)]
 
 
-def usable_pairs(tokenizer, row, label, max_length, first=None):
-    """One row → (list of (prompt, chosen, rejected) that can be scored, list of reasons for those that cannot). first: where the row
-    stands, if it is the first of its file: then a layout that is none is the file's, and an error."""
+def pairs_or_reason(row, label=None, first=None):
+    """pairs_of_row of whatever a file may hold. first: where the row stands, if it is the first of its file: then a layout that is
+    none is the file's, and an error."""
     try:
-        found = pairs_of_row(row, label) if isinstance(row, dict) else "not a JSON object"
+        return pairs_of_row(row, label) if isinstance(row, dict) else "not a JSON object"
     except NoLayout as error:
         if first:
             raise UserError(f"{error} · {first} · accepted: {ACCEPTED}") from None
-        found = str(error)
+        return str(error)
     except UserError:
         raise
     except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
-        found = f"malformed ({type(error).__name__}: {error})"
+        return f"malformed ({type(error).__name__}: {error})"
+
+
+def usable_pairs(tokenizer, row, label, max_length, first=None):
+    """One row → (list of (prompt, chosen, rejected) that can be scored, list of reasons for those that cannot). first: as above."""
+    found = pairs_or_reason(row, label, first)
     if isinstance(found, str):
         return [], [found]
     reasons = [problem_with(tokenizer, *pair, max_length) for pair in found]

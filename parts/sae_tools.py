@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
 from parts.chat import is_conversation, render
-from parts.files import UserError, save_stage
-from parts.rows import pairs_of_row, read_rows
+from parts.files import save_stage
+from parts.rows import pairs_or_reason, read_rows
 from sae import NAMES, SAE, SAEError, load_sae
 
 stage1, stage2 = (importlib.import_module(n) for n in ("01_extract", "02_select_features"))
@@ -31,17 +31,13 @@ def read_texts(path):
     """Texts of a JSONL file (also .gz): rows with `text`, with `messages`, or pairs → list of str or messages."""
     texts = []
     for _, row in read_rows(path):
-        if not isinstance(row, dict):
-            continue
-        if isinstance(row.get("text"), str):
+        of = row.get if isinstance(row, dict) else lambda name: None
+        if isinstance(of("text"), str):
             texts.append(row["text"])
-        elif is_conversation(row.get("messages")):
+        elif is_conversation(of("messages")):
             texts.append(row["messages"])
-        elif {"chosen", "rejected", "question", "response_0"} & set(row):
-            try:
-                found = pairs_of_row(row, "better")
-            except (UserError, TypeError, ValueError, KeyError, AttributeError, IndexError):        # stage 1 would drop it
-                continue
+        else:
+            found = pairs_or_reason(row, "better")
             for prompt, *answers in found if isinstance(found, list) else []:
                 turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
                 both = [[*turns, {"role": "assistant", "content": answer}] for answer in answers]
