@@ -34,7 +34,7 @@ test: $(VENV)/dev
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -n logical --dist loadfile
 
 faults: $(VENV)/dev
-	HF_HUB_OFFLINE=1 SPARSERM_FAULTS=all $(PY) -m pytest -s tests/test_faults.py tests/test_sae_damaged.py tests/test_fuzz.py
+	HF_HUB_OFFLINE=1 SPARSERM_FAULTS=all $(PY) -m pytest -s tests/robustness
 
 BENCH := .venv-bench
 $(BENCH)/ready: requirements.txt constraints.txt benchmarks/requirements.txt

@@ -1,22 +1,23 @@
-"""Sparse autoencoders of a residual stream: one form in memory, and every published layout read into it.
+"""Sparse autoencoders of a residual stream: one form in memory, and every published layout read
+into it.
 
-    pre  = (z - b_in) @ W_enc + b_enc        z [.., d_model], the residual stream after block L, unscaled
-    f    = activation(pre)                   [.., d_sae] >= 0, mostly 0; a latent "fires" where f > 0
-    z'   = f @ W_dec + b_dec                 row j of W_dec is the direction of latent j
+    pre  = (z - b_in) @ W_enc + b_enc      z [.., d_model]: the residual stream after block L
+    f    = activation(pre)                 [.., d_sae] >= 0, mostly 0; a latent "fires" where f > 0
+    z'   = f @ W_dec + b_dec               row j of W_dec is the direction of latent j
 
-    python sae.py info  PATH
-    python sae.py check PATH --model M --texts FILE
-    python sae.py train --model demo --layer 16 --texts FILE --width 4608 --k 64 --out my-sae.safetensors
+    python sae.py info PATH
 
-This file needs torch, numpy and safetensors only (huggingface_hub for hub:…) and can be copied alone; the commands are in
-parts/sae_tools.py and use the stages.
+This file needs torch, numpy and safetensors only (huggingface_hub for hub:…) and can be copied
+alone. tools/train_sae.py trains one, tools/check_sae.py says how well one fits a model.
 """
 
-import importlib
+import argparse
 import json
 import math
+import os
 import re
 import sys
+import urllib.request
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,9 +32,13 @@ from safetensors import safe_open
 class SAEError(ValueError):
     """A checkpoint that cannot be used; the text says what, where and what to do."""
 
-    def __init__(self, text):                       # one line, whatever names and values a file brings into it
-        super().__init__("".join(c if c.isprintable() else " " for c in text))
+    def __init__(self, text):
+        # whatever names a file brings into it
+        one_line = "".join(c if c.isprintable() else " " for c in text)
+        super().__init__(one_line)
 
+
+# ---------------------------------------------------------------- the SAE
 
 @dataclass
 class SAE:
@@ -49,8 +54,9 @@ class SAE:
     b_gate: torch.Tensor = None     # [d_sae], of gated; so are b_mag and r_mag
     b_mag: torch.Tensor = None
     r_mag: torch.Tensor = None
-    norm: str = "none"              # per-token scaling that cannot be folded: constant_norm_rescale, layer_norm
-    info: dict = field(default_factory=dict)    # layout, model, layer, hook, stated l0, folded, warning …
+    norm: str = "none"              # scaling by the token itself: constant_norm_rescale, layer_norm
+    # layout, model, layer, hook, stated l0, folded, warning …
+    info: dict = field(default_factory=dict)
 
     @property
     def d_model(self):
@@ -63,29 +69,40 @@ class SAE:
     def encode(self, z):
         """Residual stream [.., d_model] → latents [.., d_sae]."""
         x, _, _ = self.normalise(z.to(self.W_enc))
-        x = x - self.b_in                           # subtracted, not folded into b_enc: that cancels in float32
+        x = x - self.b_in  # subtracted, not folded into b_enc: that cancels in float32
         if self.activation == "gated":
-            pre = x @ self.W_enc
-            return (pre * self.r_mag.exp() + self.b_mag).relu_() * (pre + self.b_gate > 0)
-        pre = F.linear(x, self.W_enc.T, self.b_enc)         # then as few passes over [.., d_sae] as possible: they cost like the product
-        if self.activation == "jumprelu":
-            return pre.masked_fill_(pre <= self.threshold.clamp_min(0), 0)
+            return self.gated(x)
+
+        # after the product as few passes over [.., d_sae] as possible: each costs nearly as much as
+        # it does
+        pre = F.linear(x, self.W_enc.T, self.b_enc)
         if self.activation == "relu":
             return pre.relu_()
-        if self.activation == "groupmax":           # the largest of each of k consecutive groups
-            grouped = pre.unflatten(-1, (self.k, -1))
-            best = grouped.max(-1, keepdim=True)
-            return grouped.zero_().scatter_(-1, best.indices, best.values.relu()).flatten(-2)
-        best = pre.topk(self.k, sorted=False)
-        return pre.zero_().scatter_(-1, best.indices, best.values.relu())
+        if self.activation == "jumprelu":
+            return pre.masked_fill_(pre <= self.threshold.clamp_min(0), 0)
+        if self.activation == "topk":
+            return keep_largest(pre, self.k)
+        # groupmax: the largest of each of k consecutive groups
+        grouped = pre.unflatten(-1, (self.k, -1))
+        return keep_largest(grouped, 1).flatten(-2)
+
+    def gated(self, x):
+        """Two sets of biases on one product: whether a latent fires, and how strongly
+        (Rajamanoharan et al. 2024)."""
+        pre = x @ self.W_enc
+        gate = pre + self.b_gate > 0
+        magnitude = (pre * self.r_mag.exp() + self.b_mag).relu_()
+        return magnitude * gate
 
     def decode(self, f, like=None):
-        """Latents → residual stream. `like`: the input, needed where the SAE scales every token by itself."""
+        """Latents → residual stream. `like`: the input, needed where the SAE scales every token by
+        itself."""
         out = f @ self.W_dec + self.b_dec
         if self.norm == "none":
             return out
         if like is None:
-            raise SAEError(f"decode needs the input · {self.norm} depends on the token · call decode(f, like=z)")
+            raise SAEError(f"decode needs the input · {self.norm} depends on the token · call "
+                           "decode(f, like=z)")
         _, scale, shift = self.normalise(like.to(self.W_enc))
         return out * scale + shift
 
@@ -94,197 +111,391 @@ class SAE:
         return self.decode(self.encode(z), like=z)
 
     def normalise(self, z):
-        """→ (what the encoder sees, scale, shift) with z = seen · scale + shift."""
-        if self.norm == "constant_norm_rescale":
+        """→ (what the encoder sees, scale, shift): decode multiplies by scale and adds shift."""
+        if self.norm == "constant_norm_rescale":    # to norm √d
             scale = z.norm(dim=-1, keepdim=True).clamp_min(1e-8) / math.sqrt(self.d_model)
             return z / scale, scale, 0.0
         if self.norm == "layer_norm":
             shift = z.mean(-1, keepdim=True)
-            scale = z.std(-1, keepdim=True) + 1e-5
-            return (z - shift) / scale, z.std(-1, keepdim=True), shift
+            std = z.std(-1, keepdim=True)
+            return (z - shift) / (std + 1e-5), std, shift
         return z, 1.0, 0.0
 
 
-# ---------------------------------------------------------------- reading what others publish
+def keep_largest(pre, k):
+    """The k largest of the last dimension where they are positive, the rest 0. Works in place."""
+    best = pre.topk(k, sorted=False)
+    return pre.zero_().scatter_(-1, best.indices, best.values.relu())
 
-NAMES = ("W_enc", "b_enc", "W_dec", "b_dec", "b_in", "threshold", "b_gate", "b_mag", "r_mag")
+
+# ---------------------------------------------------------------- does it fit: health figures
+
+def health(sae, z):
+    """How well the SAE fits residual vectors z [n, d] → {explained_variance, l0, silent, n}.
+
+    explained variance = 1 - Σ‖z - z'‖² / Σ‖z - mean‖² around the mean of *these* vectors. Give the
+    scored token's vectors
+    alone: among others, the distance between the two means would count as variance and hide a bad
+    fit.
+    """
+    error = torch.zeros((), dtype=torch.float64)
+    alive = torch.zeros(sae.d_sae, dtype=torch.bool, device=z.device)
+    fired = 0
+    for chunk in z.split(1024):
+        f = sae.encode(chunk)
+        rest = sae.decode(f, like=chunk).float() - chunk.float()
+        error += rest.square().sum().double().cpu()
+        alive |= (f > 0).any(0)
+        fired += int((f > 0).sum())
+    around_mean = z.float() - z.float().mean(0)
+    total = around_mean.square().sum().double().cpu()
+    return {"explained_variance": float(1 - error / total), "l0": fired / len(z),
+            "silent": float((~alive).float().mean()), "n": len(z)}
+
+
+def warnings_of(sae, every=None, ended=None):
+    """What looks wrong → list of sentences with the likely cause. every, ended: health of all
+    tokens, of the scored ones."""
+    found = []
+    if sae.info.get("warning"):
+        found.append(sae.info["warning"])
+    model = str(sae.info.get("model") or "")
+    if is_base_model(model):
+        found.append(f"trained on {model}, by its name a base model: on an instruct model look at "
+                     "the explained variance")
+
+    fits_every = not every or every["explained_variance"] >= 0.3
+    if not fits_every:
+        found.append(f"explained variance {every['explained_variance']:.2f} over all tokens: the "
+                     "layer is off by one, the scale "
+                     "is wrong, or the SAE belongs to another model")
+    seen = every or ended
+    stated = sae.k or sae.info.get("l0")
+    if seen and stated and seen["l0"] > 2 * float(stated):
+        found.append(f"L0 {seen['l0']:.0f}, stated {float(stated):.0f}: a wrong scale or "
+                     "threshold, or BOS missing")
+    if ended and ended["explained_variance"] < 0.2 and fits_every:
+        hardly_seen = "the SAE has hardly seen a chat template; try --token content"
+        another = "is it an SAE of this model and layer?"
+        cause = hardly_seen if ended["explained_variance"] > -1 else another
+        found.append(f"explained variance {ended['explained_variance']:.2f} at the scored token: "
+                     f"{cause}")
+    return found
+
+
+def is_base_model(name):
+    """By its name: …-base, or one of the families whose instruct models are named so."""
+    family = re.search(r"(?i)llama-?3|gemma|qwen", name)
+    instruct = re.search(r"(?i)it\b|instruct|chat", name)
+    return bool(re.search(r"(?i)base\b", name) or (family and not instruct))
+
+
+# ---------------------------------------------------------------- opening a checkpoint
+
+TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "b_in", "threshold", "b_gate", "b_mag", "r_mag")
+
+
+@dataclass
+class Checkpoint:
+    """A published SAE as it lies there."""
+    path: Path              # of the weights
+    tensors: dict
+    config: dict            # of the JSON file beside the weights; {} where there is none
+    own: dict               # the metadata of our own layout; {} in all others
+    k: int = None           # of the caller, for a TopK SAE whose files do not hold it
+
+    def has(self, *names):
+        """Are there tensors of all these names?"""
+        return set(names) <= set(self.tensors)
 
 
 def load_sae(path, dtype=torch.float32, device="cpu", k=None, revision=None):
-    """Any layout of LAYOUTS below → SAE. `path`: file, folder, hub:REPO[:SUBFOLDER]. Errors: SAEError.
+    """Any layout of READERS below → SAE. `path`: file, folder, hub:REPO[:SUBFOLDER]. Errors:
+    SAEError.
 
-    Nothing in a checkpoint is run: no pickle but a third party's .pt, and that with weights_only=True.
+    Nothing in a checkpoint is run: no pickle but a third party's .pt, and that with
+    weights_only=True.
     """
     weights, config = find_checkpoint(path, revision)
     tensors, own = read_tensors(weights)
-    layout = "sparserm" if own.get("stage") else layout_of(tensors, config, weights)
-    try:
-        sae = assemble(layout, tensors)
-        READ[layout.split()[0]](sae, tensors, own if layout == "sparserm" else config, weights, k)
-    except KeyError as error:
-        raise SAEError(f"tensor or setting {error} is missing · {weights} ({layout}) · the checkpoint is not complete") from None
-    except SAEError:
-        raise
-    except (TypeError, ValueError, AttributeError, IndexError, RuntimeError, ArithmeticError) as error:
-        raise SAEError(f"the configuration or a tensor is malformed ({error}) · {weights} ({layout}) · fetch the file again") from None
+    checkpoint = Checkpoint(weights, tensors, config, own, k)
+    layout = layout_of(checkpoint)
+    sae = read_layout(checkpoint, layout)
     check_shapes(sae, weights)
-    tensors.clear()                 # below each tensor is freed as soon as it is converted: never two copies of all
+
     sae.info.setdefault("layout", layout)
     sae.info.update(file=weights.name, weights=str(weights))
-    for name in NAMES:
+    # below each tensor is freed as soon as it is converted: never two copies of all
+    tensors.clear()
+    for name in TENSORS:
         if getattr(sae, name) is not None:
             setattr(sae, name, getattr(sae, name).to(device=device, dtype=dtype))
     return sae
 
 
+def read_layout(checkpoint, layout):
+    """The reader of a layout; what it trips over becomes one line."""
+    where = f"{checkpoint.path} ({layout})"
+    try:
+        return READERS[layout](checkpoint)
+    except KeyError as error:
+        raise SAEError(f"tensor or setting {error} is missing · {where} · the checkpoint is not "
+                       "complete") from None
+    except SAEError:
+        raise
+    except (TypeError, ValueError, AttributeError, IndexError, RuntimeError,
+            ArithmeticError) as error:
+        raise SAEError(f"the configuration or a tensor is malformed ({error}) · {where} · fetch "
+                       "the file again") from None
+
+
 def find_checkpoint(path, revision=None):
-    """→ (weights file, config dict). The config lies beside the weights, or above `checkpoints/`."""
+    """→ (weights file, config dict)."""
     text = str(path)
     if text.startswith("hub:") or (":" in text and not Path(text).exists()):
         text = fetch(text.removeprefix("hub:"), revision)
     path = Path(text)
     if not path.exists():
-        raise SAEError(f"file not found · {path} · name an SAE file or folder, or hub:REPO[:SUBFOLDER]")
+        raise SAEError(f"file not found · {path} · name an SAE file or folder, or "
+                       "hub:REPO[:SUBFOLDER]")
     if path.is_dir():
-        found = [f for name in ("*.safetensors", "checkpoints/*.safetensors", "*.npz", "*.pt") for f in sorted(path.glob(name))]
-        if len(found) != 1:
-            inside = ", ".join(sorted(str(f.relative_to(path)) for f in path.rglob("*") if f.is_file())[:12]) or "nothing"
-            raise SAEError(f"{'several SAEs' if found else 'no SAE'} in this folder · {path} holds {inside} · name one file or subfolder")
-        path = found[0]
-    config = {}
-    for folder in (path.parent, path.parent.parent):
+        path = only_weights_in(path)
+    return path, config_beside(path)
+
+
+def only_weights_in(folder):
+    """The one weights file of a folder."""
+    found = []
+    for pattern in ("*.safetensors", "checkpoints/*.safetensors", "*.npz", "*.pt"):
+        found += sorted(folder.glob(pattern))
+    if len(found) != 1:
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        names = ", ".join(str(path.relative_to(folder)) for path in files[:12]) or "nothing"
+        what = "several SAEs" if found else "no SAE"
+        raise SAEError(f"{what} in this folder · {folder} holds {names} · name one file or "
+                       "subfolder")
+    return found[0]
+
+
+def config_beside(weights):
+    """The JSON configuration that lies beside the weights, or above `checkpoints/` → dict."""
+    folders = [weights.parent]
+    if weights.parent.name == "checkpoints":
+        folders.append(weights.parent.parent)
+    for folder in folders:
         for name in ("cfg.json", "config.json", "hyperparams.json"):
-            if not config and (folder / name).is_file() and (folder == path.parent or path.parent.name == "checkpoints"):
-                try:
-                    config = json.loads((folder / name).read_text("utf-8"))
-                except (ValueError, OSError, RecursionError) as error:
-                    raise SAEError(f"not valid JSON ({error}) · {folder / name} · fetch the file again") from None
-    if not isinstance(config, dict):
-        raise SAEError(f"the configuration is not a JSON object · beside {path} · fetch the file again")
-    return path, config
+            if (folder / name).is_file():
+                config = read_json(folder / name)
+                if config:
+                    return config
+    return {}
+
+
+def read_json(path):
+    """A JSON object → dict."""
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise SAEError(f"not valid JSON ({error}) · {path} · fetch the file again") from None
+    if config and not isinstance(config, dict):
+        raise SAEError(f"the configuration is not a JSON object · {path} · fetch the file again")
+    return config
+
+
+def hub_is_silent():
+    """Does the hub take a connection and say nothing? It would be waited for without end."""
+    if os.environ.get("HF_HUB_OFFLINE", "0") != "0":
+        return False                                # it is not asked at all
+    address = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    seconds = float(os.environ.get("HF_HUB_ETAG_TIMEOUT", 10))
+    try:
+        urllib.request.urlopen(address, timeout=seconds).close()
+    except OSError as error:                        # any answer will do
+        return "timed out" in str(error)
+    return False
 
 
 def fetch(name, revision=None):
-    """REPO[:SUBFOLDER or file] of the hub → local path; only the files of that subfolder are fetched."""
-    if Path(__file__).with_name("01_extract.py").exists():
-        importlib.import_module("parts.models").await_hub()
+    """REPO[:SUBFOLDER or file] of the hub → local path; only the files of that subfolder are
+    fetched."""
     from huggingface_hub import snapshot_download
     repo, _, inside = name.partition(":")
-    beside = inside.rpartition("/")[0]              # a named file needs the configuration beside it
-    patterns = [inside, f"{inside}/*", f"{inside}/checkpoints/*", f"{beside}/*.json".lstrip("/")] if inside else \
-        ["*.json", "*.safetensors", "*.npz", "*.pt"]
+    patterns = ["*.json", "*.safetensors", "*.npz", "*.pt"]
+    if inside:
+        folder = inside.rpartition("/")[0]          # a named file needs the configuration beside it
+        beside = f"{folder}/*.json" if folder else "*.json"
+        patterns = [inside, f"{inside}/*", f"{inside}/checkpoints/*", beside]
     try:
-        local = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
-    except Exception as error:      # offline, no such repository, gated: the hub's own first line says which
-        raise SAEError(f"the hub did not give it ({str(error).splitlines()[0]}) · {name} · check name and connection, "
+        local = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns,
+                                       local_files_only=hub_is_silent()))
+    # offline, no such repository, gated: the hub's own first line says which
+    except Exception as error:
+        raise SAEError(f"the hub did not give it ({str(error).splitlines()[0]}) · {name} · check "
+                       "name and connection, "
                        "or pass a local folder") from None
     return str(local / inside) if inside else str(local)
 
 
 def read_tensors(path):
-    """A weights file → (dict of tensors, our metadata or {}). Sizes are compared with the file's before memory is taken."""
+    """A weights file → (dict of tensors, the metadata of our own layout or {})."""
+    readers = {".npz": read_npz, ".safetensors": read_safetensors}
     try:
-        if path.suffix == ".npz":
-            check_npz(path)
-            with np.load(path, allow_pickle=False) as file:
-                return {n: torch.from_numpy(file[n]) for n in file.files}, {}
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                own = json.loads((file.metadata() or {}).get("sparserm", "{}"))
-                if not isinstance(own, dict):
-                    raise ValueError("the metadata sparserm is not a JSON object")
-                return {n: file.get_tensor(n) for n in file.keys()}, own
-        check_pt(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if not isinstance(loaded, dict):
-            raise ValueError("not a dictionary of tensors")
-        tensors = {n: torch.as_tensor(t) for n, t in loaded.items() if isinstance(n, str) and isinstance(t, (torch.Tensor, int, float))}
-        size = path.stat().st_size
-        wrong = [n for n, t in tensors.items() if t.layout != torch.strided or t.is_meta or t.numel() * t.element_size() > size]
-        if wrong:
-            raise ValueError(f"{wrong[0]} is sparse, without numbers or larger than the file")
-        return tensors, {}
+        return readers.get(path.suffix, read_pt)(path)
     except UnpicklingError:
-        raise SAEError(f"refused: the pickle holds more than tensors, or is damaged · {path} · ask the author for safetensors") from None
-    except Exception as error:      # the readers raise all sorts: OSError, BadZipFile, zlib.error, TypeError, MemoryError …
-        raise SAEError(f"not a readable checkpoint ({str(error).splitlines()[0] if str(error) else type(error).__name__}) · "
-                       f"{path} · fetch the file again") from None
+        raise SAEError(f"refused: the pickle holds more than tensors, or is damaged · {path} · ask "
+                       "the author for safetensors") from None
+    # the readers raise all sorts: OSError, BadZipFile, zlib.error, TypeError, MemoryError …
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SAEError(f"not a readable checkpoint ({reason}) · {path} · fetch the file "
+                       "again") from None
 
 
-def check_npz(path):
-    """Refuse an archive that unpacks to far more than its size, and arrays whose header claims other than what is there."""
-    with zipfile.ZipFile(path) as file:
-        if sum(item.file_size for item in file.infolist()) > 16 * path.stat().st_size + (1 << 20):
+def read_safetensors(path):
+    """→ (tensors, our metadata or {})."""
+    with safe_open(path, "pt") as file:
+        own = json.loads((file.metadata() or {}).get("sparserm", "{}"))
+        if not isinstance(own, dict):
+            raise ValueError("the metadata sparserm is not a JSON object")
+        return {name: file.get_tensor(name) for name in file.keys()}, own
+
+
+def read_npz(path):
+    """→ (tensors, {}). Refuses an archive that unpacks to far more than its size, and arrays that
+    are not as their header says."""
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(item.file_size for item in archive.infolist())
+        if unpacked > 16 * path.stat().st_size + (1 << 20):
             raise ValueError("it unpacks to more than 16 times its size")
-        for item in file.infolist():
-            with file.open(item) as member:
-                old = np.lib.format.read_magic(member) == (1, 0)
-                shape, _, dtype = (np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0)(member)
-                if not dtype.hasobject and math.prod(shape) * dtype.itemsize != item.file_size - member.tell():
-                    raise ValueError(f"{item.filename} says {list(shape)} and holds {item.file_size} bytes")
+        for item in archive.infolist():
+            with archive.open(item) as member:
+                check_array(member, item)
+    with np.load(path, allow_pickle=False) as file:
+        return {name: torch.from_numpy(file[name]) for name in file.files}, {}
 
 
-def check_pt(path):
-    """torch.load compares no checksum, and takes the bytes of a compressed part as they lie there."""
-    with zipfile.ZipFile(path) as file:
-        if any(item.compress_type != zipfile.ZIP_STORED for item in file.infolist()):
+def check_array(member, item):
+    """Refuse an array whose header claims other than what is there."""
+    if np.lib.format.read_magic(member) == (1, 0):
+        shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+    else:
+        shape, _, dtype = np.lib.format.read_array_header_2_0(member)
+    claimed = math.prod(shape) * dtype.itemsize
+    if not dtype.hasobject and claimed != item.file_size - member.tell():
+        raise ValueError(f"{item.filename} says {list(shape)} and holds {item.file_size} bytes")
+
+
+def read_pt(path):
+    """→ (tensors, {}). torch.load compares no checksum, and takes the bytes of a compressed part as
+    they lie there: checked first."""
+    with zipfile.ZipFile(path) as archive:
+        if any(item.compress_type != zipfile.ZIP_STORED for item in archive.infolist()):
             raise ValueError("the .pt is compressed")
-        damaged = any(item.CRC for item in file.infolist()) and file.testzip()      # all 0: saved without checksums
+        has_checksums = any(item.CRC for item in archive.infolist())
+        damaged = archive.testzip() if has_checksums else None
         if damaged:
             raise ValueError(f"wrong checksum of {damaged}")
 
-
-# ---------------------------------------------------------------- the families
-
-# A layout is told by the names of its tensors (the first row whose names are all there), never by a folder's name. `.T`: stored
-# transposed. b_in: what is subtracted from the input; 0: nothing, or the configuration says. also: what else must be there; `!`: must not.
-#    layout                           W_enc               b_enc           W_dec               b_dec           b_in     also
-LAYOUTS = {
-    "Gemma Scope 1":                  ("W_enc",            "b_enc",        "W_dec",            "b_dec",        0,       ".npz threshold"),
-    "Gemma Scope":                    ("w_enc",            "b_enc",        "w_dec",            "b_dec",        0,       "threshold"),
-    "sparsify":                       ("encoder.weight.T", "encoder.bias", "W_dec",            "b_dec",        "b_dec", ""),
-    "Llama Scope":                    ("encoder.weight.T", "encoder.bias", "decoder.weight.T", "decoder.bias", 0,       ""),
-    "OpenMOSS":                       ("W_E",              "b_E",          "W_D",              "b_D",          0,       ""),
-    "dictionary_learning":            ("encoder.weight.T", "encoder.bias", "decoder.weight.T", "bias",         "bias",  ""),
-    "dictionary_learning TopK":       ("encoder.weight.T", "encoder.bias", "decoder.weight.T", "b_dec",        "b_dec", "k"),
-    "dictionary_learning gated":      ("encoder.weight.T", 0,              "decoder.weight.T", "decoder_bias", "decoder_bias",
-                                       "gate_bias mag_bias r_mag"),
-    "dictionary_learning Matryoshka": ("W_enc",            "b_enc",        "W_dec",            "b_dec",        "b_dec", "k group_sizes"),
-    "dictionary_learning JumpReLU":   ("W_enc",            "b_enc",        "W_dec",            "b_dec",        0,       ".pt threshold !k"),
-    "Qwen-Scope":                     ("W_enc.T",          "b_enc",        "W_dec.T",          "b_dec",        0,       ".pt"),
-    "SAELens":                        ("W_enc",            0,              "W_dec",            "b_dec",        "b_dec", ""),
-    "sparserm":                       ("W_enc",            "b_enc",        "W_dec",            "b_dec",        "b_in",  ".sparserm"),
-}
+    loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if not isinstance(loaded, dict):
+        raise ValueError("not a dictionary of tensors")
+    size = path.stat().st_size
+    tensors = {}
+    for name, value in loaded.items():
+        if isinstance(name, str) and isinstance(value, (torch.Tensor, int, float)):
+            tensor = torch.as_tensor(value)
+            larger = tensor.numel() * tensor.element_size() > size
+            if tensor.layout != torch.strided or tensor.is_meta or larger:
+                raise ValueError(f"{name} is sparse, without numbers or larger than the file")
+            tensors[name] = tensor
+    return tensors, {}
 
 
-def layout_of(tensors, config, path):
-    """Names of the tensors → the name of the layout; refuses what is no SAE of a residual stream."""
-    extra = set(tensors) & {"W_skip", "affine_skip_connection", "W_gate_enc", "encoder_glu.weight"}
-    flags = {n for n in ("transcode", "skip_connection", "use_glu_encoder", "affine_skip_connection") if config.get(n) is True}
-    if extra or flags:
-        raise refused(f"{', '.join(sorted(extra | flags))} means a transcoder, a skip connection or a GLU encoder, not an SAE of one "
-                      "activation", path, "choose a residual-stream SAE")
-    inner = [config] + [c for c in (config.get("metadata"), config.get("trainer")) if isinstance(c, dict)]
-    names = ("hook_name", "hook_point", "hook_point_in", "hf_hook_point_in", "hook_point_out", "hf_hook_point_out", "submodule_name")
-    hooks = [str(c[n]) for c in inner for n in names if c.get(n)] + re.findall(r"layers\.\d+\.[a-z_.]+", path.parent.name)
-    wrong = [h for h in hooks if re.search(r"mlp|attn|attention|hook_z|\.q\b|\.k\b|\.v\b|hook_resid_(pre|mid)", h)]
-    wrong += [config[a] for a, b in zip(names[2:4], names[4:6]) if config.get(a) and config.get(b) and config[a] != config[b]]
-    if wrong:
-        raise refused(f"trained on {wrong[0]}, not on a block's output", path, "choose a residual-stream (resid_post) SAE")
-    there = set(tensors) | {path.suffix}
-    for layout, (*names, _, also) in LAYOUTS.items():
-        needed = {n.removesuffix(".T") for n in names if n} | {n for n in also.split() if n[0] != "!"}
-        if needed <= there and not {n[1:] for n in also.split() if n[0] == "!"} & there:
-            return layout
-    raise SAEError(f"unknown layout · {path} holds {', '.join(sorted(tensors)[:12]) or 'no tensors'} · known: {', '.join(LAYOUTS)}")
+# ---------------------------------------------------------------- which layout is it
+
+def layout_of(c):
+    """A Checkpoint → the name of its layout, told by its tensors and never by a folder's name. The
+    first that fits counts."""
+    if c.own.get("stage"):
+        return "sparserm"
+    refuse_other_sites(c)
+    is_pt = c.path.suffix == ".pt"
+    four = c.has("W_enc", "b_enc", "W_dec", "b_dec")
+    two_layers = c.has("encoder.weight", "encoder.bias")
+
+    if four and c.has("threshold") and c.path.suffix == ".npz":
+        return "Gemma Scope 1"
+    if c.has("w_enc", "b_enc", "w_dec", "b_dec", "threshold"):
+        return "Gemma Scope"
+    if two_layers and c.has("W_dec", "b_dec"):
+        return "sparsify"
+    if two_layers and c.has("decoder.weight", "decoder.bias"):
+        return "Llama Scope"
+    if c.has("W_E", "b_E", "W_D", "b_D"):
+        return "OpenMOSS"
+    if two_layers and c.has("decoder.weight", "bias"):
+        return "dictionary_learning"
+    if two_layers and c.has("decoder.weight", "b_dec", "k"):
+        return "dictionary_learning TopK"
+    if c.has("encoder.weight", "decoder.weight", "decoder_bias", "gate_bias", "mag_bias", "r_mag"):
+        return "dictionary_learning gated"
+    if four and c.has("k", "group_sizes"):
+        return "dictionary_learning Matryoshka"
+    if four and is_pt and c.has("threshold") and not c.has("k"):
+        return "dictionary_learning JumpReLU"
+    if four and is_pt:
+        return "Qwen-Scope"
+    if c.has("W_enc", "W_dec", "b_dec"):
+        return "SAELens"
+    holds = ", ".join(sorted(c.tensors)[:12]) or "no tensors"
+    raise SAEError(f"unknown layout · {c.path} holds {holds} · known: {', '.join(READERS)}")
 
 
-def assemble(layout, tensors):
-    """The tensors of a layout under their names in memory → SAE, its activation not yet known."""
-    get = lambda name: tensors[name.removesuffix(".T")].T if name.endswith(".T") else tensors[name]
-    W_enc, b_enc, W_dec, b_dec, b_in = (get(name) if name else None for name in LAYOUTS[layout][:5])
-    b_enc = torch.zeros(W_enc.shape[-1:]) if b_enc is None else b_enc
-    return SAE(W_enc, b_enc, W_dec, b_dec, torch.zeros_like(b_dec) if b_in is None else b_in, activation="relu")
+def refuse_other_sites(c):
+    """Refuse what is no SAE of a block's output: transcoders, skip connections, SAEs of the MLP, of
+    attention …"""
+    other_tensors = set(c.tensors) & {"W_skip", "affine_skip_connection", "W_gate_enc",
+                                      "encoder_glu.weight"}
+    flags = ("transcode", "skip_connection", "use_glu_encoder", "affine_skip_connection")
+    other = sorted(other_tensors | {flag for flag in flags if c.config.get(flag) is True})
+    if other:
+        raise refused(f"{', '.join(other)} means a transcoder, a skip connection or a GLU encoder, "
+                      "not an SAE of one activation",
+                      c.path, "choose a residual-stream SAE")
+
+    other_site = r"mlp|attn|attention|hook_z|\.q\b|\.k\b|\.v\b|hook_resid_(pre|mid)"
+    elsewhere = [hook for hook in hooks_of(c) if re.search(other_site, hook)]
+    for side in ("hook_point", "hf_hook_point"):
+        into, out_of = c.config.get(f"{side}_in"), c.config.get(f"{side}_out")
+        if into and out_of and into != out_of:
+            elsewhere.append(into)
+    if elsewhere:
+        raise refused(f"trained on {elsewhere[0]}, not on a block's output", c.path,
+                      "choose a residual-stream (resid_post) SAE")
+
+
+def hooks_of(c):
+    """Where it was trained, by every name that configuration and folder give to it."""
+    names = ("hook_name", "hook_point", "hook_point_in", "hf_hook_point_in", "hook_point_out",
+             "hf_hook_point_out", "submodule_name")
+    hooks = []
+    for config in (c.config, c.config.get("metadata"), c.config.get("trainer")):
+        if isinstance(config, dict):
+            hooks += [str(config[name]) for name in names if config.get(name)]
+    return hooks + re.findall(r"layers\.\d+\.[a-z_.]+", c.path.parent.name)
+
+
+# ---------------------------------------------------------------- what the readers share
+
+def refused(what, path, advice):
+    """A checkpoint that is whole but not of a kind that can be used."""
+    return SAEError(f"refused: {what} · {path} · {advice}")
+
+
+def last_match(pattern, text):
+    """What the pattern finds last in a path or name, or None."""
+    found = re.findall(pattern, str(text))
+    return found[-1] if found else None
 
 
 def hook_layer(name):
@@ -293,206 +504,431 @@ def hook_layer(name):
     return int(found[1]) if found else None
 
 
-def refused(what, path, advice):
-    """A checkpoint that is whole but not of a kind that can be used."""
-    return SAEError(f"refused: {what} · {path} · {advice}")
-
-
-def note_fold(sae, why):
-    """Record what was folded into the weights."""
-    sae.info["folded"] = " and ".join(filter(None, [sae.info.get("folded"), why]))
-
-
-def fold_scale(sae, scale_in, scale_out, why, path):
-    """Trained on scale_in · z, its output scale_out · z: put both into the weights; f stays what it was."""
-    check_shapes(sae, path)
-    sae.W_enc, sae.b_in = sae.W_enc.float() * scale_in, sae.b_in.float() / scale_in
-    sae.W_dec, sae.b_dec = sae.W_dec.float() / scale_out, sae.b_dec.float() / scale_out
-    note_fold(sae, why)
-
-
-def gate_by_norm(sae, path):
-    """The gate compares pre · ‖decoder row‖ with the threshold: θ_j = θ / ‖d_j‖, or a rescaled TopK."""
-    check_shapes(sae, path)
-    norm = sae.W_dec.float().norm(dim=1)
-    if sae.activation == "jumprelu":
-        sae.threshold = sae.threshold.float() / norm
-    elif sae.activation == "topk":
-        sae.W_enc, sae.b_enc, sae.W_dec = sae.W_enc.float() * norm, sae.b_enc.float() * norm, sae.W_dec.float() / norm[:, None]
-    note_fold(sae, "decoder norms into the gate")
-
-
-def full(value, like):
-    """A scalar threshold → one for each latent [d_sae]."""
+def per_latent(value, like):
+    """A threshold, one number or one for each latent → [d_sae] float32."""
     if isinstance(value, torch.Tensor) and not value.is_floating_point():
         raise TypeError("the threshold is not a float tensor")
     value = torch.as_tensor(value, dtype=torch.float32).flatten()
     return value.expand(len(like)).clone() if len(value) == 1 else value
 
 
-# What the configuration adds: activation, scale, what is subtracted; where it was trained.
+def note_fold(sae, why):
+    """Record what was folded into the weights."""
+    earlier = sae.info.get("folded")
+    sae.info["folded"] = f"{earlier} and {why}" if earlier else why
 
-def read_own(sae, t, config, path, k):
+
+def fold_scale(sae, scale_in, scale_out, why, path):
+    """Trained on scale_in · z, its output scale_out · z: put both into the weights; f stays what it
+    was."""
+    check_shapes(sae, path)
+    sae.W_enc = sae.W_enc.float() * scale_in
+    sae.b_in = sae.b_in.float() / scale_in
+    sae.W_dec = sae.W_dec.float() / scale_out
+    sae.b_dec = sae.b_dec.float() / scale_out
+    note_fold(sae, why)
+
+
+def gate_by_norm(sae, path):
+    """The gate compares pre · ‖decoder row‖ with the threshold: θ_j = θ / ‖d_j‖, or a rescaled
+    TopK."""
+    check_shapes(sae, path)
+    norm = sae.W_dec.float().norm(dim=1)
+    if sae.activation == "jumprelu":
+        sae.threshold = sae.threshold.float() / norm
+    elif sae.activation == "topk":
+        sae.W_enc = sae.W_enc.float() * norm
+        sae.b_enc = sae.b_enc.float() * norm
+        sae.W_dec = sae.W_dec.float() / norm[:, None]
+    note_fold(sae, "decoder norms into the gate")
+
+
+# ------------------------------------------------------------- a reader a family: Checkpoint → SAE
+
+def read_own(c):
     """Ours: the tensors of the form in memory."""
-    sae.activation, sae.k, sae.norm = config["activation"], config["k"], config["norm"]
-    for name in NAMES[5:]:
-        setattr(sae, name, t.get(name))
-    sae.info = {n: v for n, v in config.items() if n not in ("activation", "k", "norm", "stage")}
+    t = c.tensors
+    info = dict(c.own)
+    activation, k, norm, _ = [info.pop(name) for name in ("activation", "k", "norm", "stage")]
+    return SAE(t["W_enc"], t["b_enc"], t["W_dec"], t["b_dec"], t["b_in"], activation, k=k,
+               threshold=t.get("threshold"), b_gate=t.get("b_gate"), b_mag=t.get("b_mag"),
+               r_mag=t.get("r_mag"), norm=norm, info=info)
 
 
-def read_gemma_scope(sae, t, config, path, k):
-    """Gemma Scope 1 (npz) and 2 (safetensors): nothing scaled. Layer and L0 stand in the path or config."""
-    sae.activation, sae.threshold = "jumprelu", t["threshold"]
-    hook = config.get("hf_hook_point_in") or (re.findall(r"layer_\d+", str(path)) or [None])[-1]
-    l0 = config.get("l0") or next(iter(re.findall(r"l0_(\d+)", str(path.parent))), None)
-    sae.info = {"model": config.get("model_name"), "hook": hook, "layer": hook_layer(hook), "l0": l0 and float(l0)}
+def read_gemma_scope(c):
+    """Gemma Scope 1 (npz) and 2 (safetensors): nothing scaled or subtracted. Layer and L0 stand in
+    the path or config."""
+    t = c.tensors
+    W_enc, W_dec = (t["W_enc"], t["W_dec"]) if c.has("W_enc") else (t["w_enc"], t["w_dec"])
+    hook = c.config.get("hf_hook_point_in") or last_match(r"layer_\d+", c.path)
+    l0 = c.config.get("l0") or last_match(r"l0_(\d+)", c.path.parent)
+    info = {"model": c.config.get("model_name"), "hook": hook, "layer": hook_layer(hook),
+            "l0": l0 and float(l0)}
+    return SAE(W_enc, t["b_enc"], W_dec, t["b_dec"], torch.zeros_like(t["b_dec"]), "jumprelu",
+               threshold=t["threshold"], info=info)
 
 
-def read_saelens(sae, t, config, path, k):
-    """SAELens v3 to v6: cfg.json decides the activation and what is subtracted, scaled or normalised."""
-    if not config:
-        raise SAEError(f"cfg.json is missing · beside {path} · it decides the activation and the scale; fetch the whole folder")
-    meta, kind = {**config, **config.get("metadata", {})}, config.get("architecture", "standard")
-    if kind == "standard" and (config.get("activation_fn_str") or config.get("activation_fn")) == "topk":
-        kind, config = "topk", {**(config.get("activation_fn_kwargs") or {}), **config}
-    if kind == "standard" and config.get("activation_fn_str", "relu") != "relu":
-        raise refused(f"activation_fn_str {config['activation_fn_str']}", path, "relu and topk are read")
-    if kind not in ("standard", "topk", "jumprelu", "gated"):
-        raise refused(f"architecture {kind}", path, "standard, topk, jumprelu and gated are read")
-    factor = t.get("scaling_factor", t.get("finetuning_scaling_factor"))
-    if factor is not None and not torch.allclose(factor.float(), torch.ones(())):
-        raise refused("the tensor scaling_factor is not all ones", path, "its meaning is not settled")
-    norm = config.get("normalize_activations") or "none"
-    norm = "expected_average_only_in" if norm is True else norm                 # v3 had a bool
-    if norm not in ("none", "expected_average_only_in", "constant_norm_rescale", "layer_norm"):
-        raise refused(f"normalize_activations {norm}", path, "its meaning is not known here")
-    hook = meta.get("hook_name") or meta.get("hook_point")
-    sae.info = {"model": meta.get("model_name"), "hook": hook, "layer": hook_layer(hook), "neuronpedia": meta.get("neuronpedia_id")}
-    sae.activation, sae.norm = kind.replace("standard", "relu"), "none" if norm == "expected_average_only_in" else norm
-    if not config.get("apply_b_dec_to_input", True):
-        sae.b_in = torch.zeros_like(sae.b_dec)
+def read_sparsify(c):
+    """EleutherAI sparsify: the folder is named after the hook point."""
+    t = c.tensors
+    activation = c.config.get("activation", "topk")
+    if activation not in ("topk", "groupmax"):
+        raise refused(f"activation {activation}", c.path, "topk and groupmax are read")
+    hook = c.path.parent.name
+    info = {"hook": hook, "layer": hook_layer(hook), "model": c.config.get("model")}
+    return SAE(t["encoder.weight"].T, t["encoder.bias"], t["W_dec"], t["b_dec"], t["b_dec"],
+               activation,
+               k=int(c.k or c.config["k"]), info=info)
+
+
+def read_saelens(c):
+    """SAELens v3 to v6: cfg.json decides the activation and what is subtracted, scaled or
+    normalised."""
+    if not c.config:
+        raise SAEError(f"cfg.json is missing · beside {c.path} · it decides the activation and the "
+                       "scale; fetch the whole folder")
+    t = c.tensors
+    config = {**c.config.get("metadata", {}), **c.config}  # v6 keeps some of it in metadata
+    check_saelens_scaling(c)
+    kind = saelens_kind(c, config)
+    norm = saelens_norm(c)
+    hook = config.get("hook_name") or config.get("hook_point")
+    info = {"model": config.get("model_name"), "hook": hook, "layer": hook_layer(hook),
+            "neuronpedia": config.get("neuronpedia_id")}
+    b_in = t["b_dec"] if config.get("apply_b_dec_to_input", True) else torch.zeros_like(t["b_dec"])
+    b_enc = torch.zeros(t["W_enc"].shape[-1:]) if kind == "gated" else t["b_enc"]
+    sae = SAE(t["W_enc"], b_enc, t["W_dec"], t["b_dec"], b_in, kind, norm=norm, info=info)
+
     if kind == "gated":
         sae.b_gate, sae.b_mag, sae.r_mag = t["b_gate"], t["b_mag"], t["r_mag"]
-    else:
-        sae.b_enc = t["b_enc"]
     if kind == "jumprelu":
         sae.threshold = t["threshold"]
     if kind == "topk":
-        sae.k = int(config["k"])
+        of_activation = config.get("activation_fn_kwargs") or {}
+        sae.k = int(config["k"] if "k" in config else of_activation["k"])
         if config.get("rescale_acts_by_decoder_norm"):
-            gate_by_norm(sae, path)
+            gate_by_norm(sae, c.path)
     if norm == "expected_average_only_in":
-        scale = config.get("norm_scaling_factor") or meta.get("norm_scaling_factor")
-        if not scale:
-            raise refused("normalize_activations expected_average_only_in without norm_scaling_factor", path,
-                          "the scale of the data set is not in the file; fold it with SAELens and save again")
-        fold_scale(sae, float(scale), float(scale), f"input scale {scale:.6g}", path)
+        fold_saelens_scale(sae, config, c.path)
+    return sae
 
 
-def read_sparsify(sae, t, config, path, k):
-    """EleutherAI sparsify: the folder is named after the hook point."""
-    sae.activation = config.get("activation", "topk")
-    if sae.activation not in ("topk", "groupmax"):
-        raise refused(f"activation {sae.activation}", path, "topk and groupmax are read")
-    sae.k, sae.info = int(k or config["k"]), {"hook": path.parent.name, "layer": hook_layer(path.parent.name), "model": config.get("model")}
+def saelens_kind(c, config):
+    """→ relu, topk, jumprelu or gated."""
+    kind = config.get("architecture", "standard")
+    activation = config.get("activation_fn_str") or config.get("activation_fn") or "relu"
+    if kind == "standard" and activation == "topk":
+        return "topk"
+    if kind == "standard" and config.get("activation_fn_str", "relu") != "relu":
+        raise refused(f"activation_fn_str {config['activation_fn_str']}", c.path,
+                      "relu and topk are read")
+    if kind not in ("standard", "topk", "jumprelu", "gated"):
+        raise refused(f"architecture {kind}", c.path, "standard, topk, jumprelu and gated are read")
+    return "relu" if kind == "standard" else kind
 
 
-def read_openmoss(sae, t, config, path, k):
-    """Llama Scope and newer: trained on √d / (mean norm) · z; the gate may look at decoder norms.
+def saelens_norm(c):
+    """normalize_activations → what SAE.norm calls it, or expected_average_only_in, which is
+    folded."""
+    norm = c.config.get("normalize_activations") or "none"
+    if norm is True:                                                # v3 had a bool
+        norm = "expected_average_only_in"
+    if norm not in ("none", "expected_average_only_in", "constant_norm_rescale", "layer_norm"):
+        raise refused(f"normalize_activations {norm}", c.path, "its meaning is not known here")
+    return norm
 
-    The scalar jump_relu_threshold is in units of the raw stream, a log_jumprelu_threshold tensor in those of training.
-    """
-    sae.activation, norm = config.get("act_fn", "jumprelu"), config.get("norm_activation", "dataset-wise")
-    if sae.activation not in ("relu", "topk", "jumprelu"):
-        raise refused(f"act_fn {sae.activation}", path, "relu, topk and jumprelu are read")
+
+def check_saelens_scaling(c):
+    """A fine-tuned SAE may scale its latents; one that does is refused."""
+    factor = c.tensors.get("scaling_factor", c.tensors.get("finetuning_scaling_factor"))
+    if factor is not None and not torch.allclose(factor.float(), torch.ones(())):
+        raise refused("the tensor scaling_factor is not all ones", c.path,
+                      "its meaning is not settled")
+
+
+def fold_saelens_scale(sae, config, path):
+    """expected_average_only_in: one scale of the whole data set, which the file has to name."""
+    scale = config.get("norm_scaling_factor")
+    if not scale:
+        raise refused("normalize_activations expected_average_only_in without norm_scaling_factor",
+                      path,
+                      "the scale of the data set is not in the file; fold it with SAELens and save "
+                      "again")
+    sae.norm = "none"
+    fold_scale(sae, float(scale), float(scale), f"input scale {scale:.6g}", path)
+
+
+def read_openmoss(c):
+    """Llama Scope and newer: trained on √d / (mean norm) · z; the gate may look at decoder
+    norms."""
+    t, config = c.tensors, c.config
+    activation = config.get("act_fn", "jumprelu")
+    if activation not in ("relu", "topk", "jumprelu"):
+        raise refused(f"act_fn {activation}", c.path, "relu, topk and jumprelu are read")
+    norm = config.get("norm_activation", "dataset-wise")
     if norm not in ("dataset-wise", "inference", "token-wise"):
-        raise refused(f"norm_activation {norm}", path, "dataset-wise, inference and token-wise are read")
+        raise refused(f"norm_activation {norm}", c.path,
+                      "dataset-wise, inference and token-wise are read")
+
+    if c.has("W_E"):
+        W_enc, b_enc, W_dec, b_dec = t["W_E"], t["b_E"], t["W_D"], t["b_D"]
+    else:
+        W_enc, b_enc = t["encoder.weight"].T, t["encoder.bias"]
+        W_dec, b_dec = t["decoder.weight"].T, t["decoder.bias"]
+    b_in = b_dec if config.get("apply_decoder_bias_to_pre_encoder") else torch.zeros_like(b_dec)
     hook = config.get("hook_point_in") or config.get("hook_point") or ""
-    sae.info = {"hook": hook, "layer": hook_layer(hook),
-                "model": config.get("model_name") or (re.findall(r"Llama3_1-8B-Base", str(path)) or [None])[0]}
-    sae.norm = "constant_norm_rescale" if norm == "token-wise" else "none"
-    if config.get("apply_decoder_bias_to_pre_encoder"):
-        sae.b_in = sae.b_dec
-    stored = {side: t.get(f"dataset_average_activation_norm.{config.get(f'hook_point_{side}')}") for side in ("in", "out")}
-    mean = config.get("dataset_average_activation_norm") or (None if None in stored.values() else {n: float(v) for n, v in stored.items()})
+    model = config.get("model_name") or last_match(r"Llama3_1-8B-Base", c.path)
+    sae = SAE(W_enc, b_enc, W_dec, b_dec, b_in, activation,
+              info={"hook": hook, "layer": hook_layer(hook), "model": model},
+              norm="constant_norm_rescale" if norm == "token-wise" else "none")
+
+    mean_norm = openmoss_mean_norm(c) if norm == "dataset-wise" else None
     root = math.sqrt(sae.d_model)
-    if sae.activation == "topk":
-        sae.k = int(k or config["top_k"])
-    if sae.activation == "jumprelu":
-        stored = t.get("log_jumprelu_threshold", t.get("activation_function.log_jumprelu_threshold"))
-        in_raw_units = root / mean["in"] if mean and norm == "dataset-wise" else 1.0      # only the number in the config is
-        sae.threshold = full(config["jump_relu_threshold"] * in_raw_units, sae.b_enc) if stored is None else full(stored, sae.b_enc).exp()
+    if activation == "topk":
+        sae.k = int(c.k or config["top_k"])
+    if activation == "jumprelu":
+        sae.threshold = openmoss_threshold(c, b_enc, root / mean_norm["in"] if mean_norm else 1.0)
     if config.get("sparsity_include_decoder_norm"):
-        gate_by_norm(sae, path)                     # before the scale: the norms as stored
+        gate_by_norm(sae, c.path)                   # before the scale: the norms as stored
     if norm == "dataset-wise":
-        if not mean:
-            raise refused("norm_activation dataset-wise without dataset_average_activation_norm", path, "the scale is not in the file")
-        fold_scale(sae, root / mean["in"], root / mean["out"], f"input scale √d / {mean['in']:.6g}", path)
+        if not mean_norm:
+            raise refused("norm_activation dataset-wise without dataset_average_activation_norm",
+                          c.path, "the scale is not in the file")
+        why = f"input scale √d / {mean_norm['in']:.6g}"
+        fold_scale(sae, root / mean_norm["in"], root / mean_norm["out"], why, c.path)
+    return sae
 
 
-def read_dictionary_learning(sae, t, config, path, k):
-    """dictionary_learning: the class is told by the tensors; BatchTopK and Matryoshka are a JumpReLU at inference."""
-    trainer = config.get("trainer", {})
-    layer, kind = trainer.get("layer"), trainer.get("dict_class", "")
-    sae.info = {"model": trainer.get("lm_name"), "layer": layer if isinstance(layer, int) else hook_layer(layer),
-                "hook": trainer.get("submodule_name")}
-    if "gate_bias" in t:
-        sae.activation, sae.b_gate, sae.b_mag, sae.r_mag = "gated", t["gate_bias"], t["mag_bias"], t["r_mag"]
-    elif "k" in t:
-        sae.activation, sae.k, threshold = "topk", int(t["k"]), float(t.get("threshold", -1.0))
-        batch = "BatchTopK" in kind or "group_sizes" in t
-        if batch and threshold < 0:
-            sae.info["warning"] = "the threshold of this BatchTopK SAE was never set: top-k per token is used"
-        elif batch or (not kind and threshold >= 0):
-            sae.activation, sae.k, sae.threshold = "jumprelu", 0, full(threshold, sae.b_enc)
-            sae.info |= {} if batch else {"warning": "no config: read as a BatchTopK SAE, because a threshold is set"}
-    elif "threshold" in t:
-        sae.activation, sae.threshold = "jumprelu", full(t["threshold"], sae.b_enc)
+def openmoss_mean_norm(c):
+    """The mean norm of what goes in and what comes out → {in, out}, from the config or (R1) from
+    two tensors; None: neither."""
+    if c.config.get("dataset_average_activation_norm"):
+        return c.config["dataset_average_activation_norm"]
+    found = {}
+    for side in ("in", "out"):
+        hook = c.config.get(f"hook_point_{side}")
+        found[side] = c.tensors.get(f"dataset_average_activation_norm.{hook}")
+    if None in found.values():
+        return None
+    return {side: float(value) for side, value in found.items()}
 
 
-def read_qwen_scope(sae, t, config, path, k):
-    """Qwen-Scope: TopK; k stands in the repository's name only (…-L0_50)."""
-    found = re.findall(r"L0_(\d+)", str(path))
-    if not (k or found):
-        raise SAEError(f"k is not in the file · {path} · pass --k-sae N, the number after L0_ in the repository's name")
-    sae.activation, sae.k = "topk", int(k or found[-1])
-    sae.info = {"layer": hook_layer(path.name), "model": next(iter(re.findall(r"Qwen[\w.]+-[\d.]+B(?:-Base)?", str(path))), None)}
+def openmoss_threshold(c, b_enc, scale):
+    """The scalar of the config is in units of the raw stream, the tensor log_jumprelu_threshold in
+    those of training."""
+    names = ("log_jumprelu_threshold", "activation_function.log_jumprelu_threshold")
+    for name in names:
+        if name in c.tensors:
+            return per_latent(c.tensors[name], b_enc).exp()
+    return per_latent(c.config["jump_relu_threshold"] * scale, b_enc)
 
 
-# by the first word of a layout
-READ = {"Gemma": read_gemma_scope, "SAELens": read_saelens, "sparsify": read_sparsify, "Llama": read_openmoss, "OpenMOSS": read_openmoss,
-        "dictionary_learning": read_dictionary_learning, "Qwen-Scope": read_qwen_scope, "sparserm": read_own}
+def dictionary_learning_info(c):
+    """Model, layer and hook of a dictionary_learning checkpoint."""
+    trainer = c.config.get("trainer", {})
+    layer = trainer.get("layer")
+    return {"model": trainer.get("lm_name"),
+            "layer": layer if isinstance(layer, int) else hook_layer(layer),
+            "hook": trainer.get("submodule_name")}
 
 
-NEEDS = {"relu": (), "topk": (), "groupmax": (), "jumprelu": ("threshold",), "gated": ("b_gate", "b_mag", "r_mag")}
+def read_dictionary_learning(c):
+    """AutoEncoder: ReLU, one bias that is subtracted and added."""
+    t = c.tensors
+    return SAE(t["encoder.weight"].T, t["encoder.bias"], t["decoder.weight"].T, t["bias"],
+               t["bias"], "relu",
+               info=dictionary_learning_info(c))
+
+
+def read_dictionary_learning_gated(c):
+    """GatedAutoEncoder."""
+    t = c.tensors
+    W_enc = t["encoder.weight"].T
+    return SAE(W_enc, torch.zeros(W_enc.shape[-1:]), t["decoder.weight"].T, t["decoder_bias"],
+               t["decoder_bias"], "gated",
+               b_gate=t["gate_bias"], b_mag=t["mag_bias"], r_mag=t["r_mag"],
+               info=dictionary_learning_info(c))
+
+
+def read_dictionary_learning_topk(c):
+    """AutoEncoderTopK, BatchTopKSAE and Matryoshka. BatchTopK is a JumpReLU with one learned
+    threshold at inference."""
+    t = c.tensors
+    if c.has("encoder.weight"):
+        W_enc, b_enc, W_dec = t["encoder.weight"].T, t["encoder.bias"], t["decoder.weight"].T
+    else:
+        W_enc, b_enc, W_dec = t["W_enc"], t["b_enc"], t["W_dec"]
+    sae = SAE(W_enc, b_enc, W_dec, t["b_dec"], t["b_dec"], "topk", k=int(t["k"]),
+              info=dictionary_learning_info(c))
+
+    threshold = float(t.get("threshold", -1.0))                     # below 0: never set
+    kind = c.config.get("trainer", {}).get("dict_class", "")
+    batch = "BatchTopK" in kind or c.has("group_sizes")
+    if batch and threshold < 0:
+        sae.info["warning"] = ("the threshold of this BatchTopK SAE was never set: top-k per token "
+                               "is used")
+    elif batch or (not kind and threshold >= 0):
+        sae.activation, sae.k = "jumprelu", 0
+        sae.threshold = per_latent(threshold, b_enc)
+        if not batch:
+            sae.info["warning"] = "no config: read as a BatchTopK SAE, because a threshold is set"
+    return sae
+
+
+def read_dictionary_learning_jumprelu(c):
+    """JumpReluAutoEncoder: nothing subtracted."""
+    t = c.tensors
+    return SAE(t["W_enc"], t["b_enc"], t["W_dec"], t["b_dec"], torch.zeros_like(t["b_dec"]),
+               "jumprelu",
+               threshold=per_latent(t["threshold"], t["b_enc"]), info=dictionary_learning_info(c))
+
+
+def read_qwen_scope(c):
+    """Qwen-Scope: TopK, nothing subtracted; k stands in the repository's name only (…-L0_50)."""
+    t = c.tensors
+    k = c.k or last_match(r"L0_(\d+)", c.path)
+    if not k:
+        raise SAEError(f"k is not in the file · {c.path} · pass --k-sae N, the number after L0_ in "
+                       "the repository's name")
+    info = {"layer": hook_layer(c.path.name),
+            "model": last_match(r"Qwen[\w.]+-[\d.]+B(?:-Base)?", c.path)}
+    return SAE(t["W_enc"].T, t["b_enc"], t["W_dec"].T, t["b_dec"], torch.zeros_like(t["b_dec"]),
+               "topk", k=int(k), info=info)
+
+
+READERS = {
+    "Gemma Scope 1": read_gemma_scope,
+    "Gemma Scope": read_gemma_scope,
+    "SAELens": read_saelens,
+    "sparsify": read_sparsify,
+    "Llama Scope": read_openmoss,
+    "OpenMOSS": read_openmoss,
+    "dictionary_learning": read_dictionary_learning,
+    "dictionary_learning TopK": read_dictionary_learning_topk,
+    "dictionary_learning Matryoshka": read_dictionary_learning_topk,
+    "dictionary_learning gated": read_dictionary_learning_gated,
+    "dictionary_learning JumpReLU": read_dictionary_learning_jumprelu,
+    "Qwen-Scope": read_qwen_scope,
+    "sparserm": read_own,
+}
+
+
+# ---------------------------------------------------------------- does it hang together
+
+NEEDS = {"relu": (), "topk": (), "groupmax": (), "jumprelu": ("threshold",),
+         "gated": ("b_gate", "b_mag", "r_mag")}
+NORMS = ("none", "constant_norm_rescale", "layer_norm")
 
 
 def check_shapes(sae, path):
-    """Refuse tensors that do not fit together, and NaN or Inf."""
+    """Refuse tensors that do not fit together, NaN or Inf, and a k or activation that cannot be."""
     if sae.W_enc.dim() != 2 or 0 in sae.W_enc.shape:
-        raise SAEError(f"W_enc has shape {list(sae.W_enc.shape)}, expected [d_model, d_sae] · {path} · not an SAE")
+        raise SAEError(f"W_enc has shape {list(sae.W_enc.shape)}, expected [d_model, d_sae] · "
+                       f"{path} · not an SAE")
     d, m = sae.W_enc.shape
-    shapes = {"W_dec": (m, d), "b_dec": (d,), "b_in": (d,)}
-    for name in NAMES:
-        tensor, wanted = getattr(sae, name), shapes.get(name, (d, m) if name == "W_enc" else (m,))
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != wanted:
-            raise SAEError(f"{name} has shape {list(tensor.shape)}, expected {list(wanted)} from W_enc [{d}, {m}] · {path} · "
-                           "the checkpoint is damaged or mislabelled")
-        parts = tensor.split(max(1, 2**24 // tensor[0].numel()))            # a sum in another dtype copies what it sums
-        if not tensor.is_floating_point() or not all(torch.isfinite(part.sum(dtype=torch.float32)) for part in parts):
-            raise SAEError(f"{name} holds NaN or Inf, or is not a float tensor · {path} · fetch the file again")
-    if str(sae.activation) not in NEEDS or sae.norm not in ("none", "constant_norm_rescale", "layer_norm"):
-        raise SAEError(f"activation {sae.activation!r}, norm {sae.norm!r} · {path} · fetch the file again")
-    if sae.activation in ("topk", "groupmax") and not (type(sae.k) is int and 0 < sae.k <= m) or (
-            sae.activation == "groupmax" and m % sae.k):
-        raise SAEError(f"k = {sae.k} does not fit {m} latents · {path} · pass the right k")
+    shapes = {"W_enc": (d, m), "W_dec": (m, d), "b_dec": (d,), "b_in": (d,)}
+    for name in TENSORS:
+        tensor = getattr(sae, name)
+        if tensor is not None:
+            check_tensor(name, tensor, shapes.get(name, (m,)), sae.W_enc.shape, path)
+
+    if str(sae.activation) not in NEEDS or sae.norm not in NORMS:
+        raise SAEError(f"activation {sae.activation!r}, norm {sae.norm!r} · {path} · fetch the "
+                       "file again")
+    if sae.activation in ("topk", "groupmax"):
+        fits = type(sae.k) is int and 0 < sae.k <= m
+        if not fits or (sae.activation == "groupmax" and m % sae.k):
+            raise SAEError(f"k = {sae.k} does not fit {m} latents · {path} · pass the right k")
     missing = [name for name in NEEDS[sae.activation] if getattr(sae, name) is None]
     if missing:
         raise SAEError(f"tensor {missing[0]} is missing · {path} · the checkpoint is not complete")
 
 
+def check_tensor(name, tensor, wanted, of, path):
+    """Refuse a tensor of another shape or type, or with NaN or Inf. of: the shape of W_enc, which
+    the others have to fit."""
+    if tuple(tensor.shape) != wanted:
+        raise SAEError(f"{name} has shape {list(tensor.shape)}, expected {list(wanted)} from W_enc "
+                       f"{list(of)} · {path} · "
+                       "the checkpoint is damaged or mislabelled")
+    finite = tensor.is_floating_point()
+    if finite:
+        # a sum in another dtype copies what it sums
+        rows_at_a_time = max(1, 2**24 // tensor[0].numel())
+        parts = tensor.split(rows_at_a_time)
+        finite = all(torch.isfinite(part.sum(dtype=torch.float32)) for part in parts)
+    if not finite:
+        raise SAEError(f"{name} holds NaN or Inf, or is not a float tensor · {path} · fetch the "
+                       "file again")
+
+
+# ---------------------------------------------------------------- python sae.py info PATH
+
+def describe(sae):
+    """The lines of `sae.py info`."""
+    info = sae.info
+    norms = sae.W_dec.float().norm(dim=1)
+    numbers = ""
+    if sae.k:
+        numbers = f"k = {sae.k}"
+    elif sae.threshold is not None:
+        numbers = f"threshold {float(sae.threshold.min()):.4g} … {float(sae.threshold.max()):.4g}"
+    lines = {
+        "layout": info.get("layout"),
+        "model": info.get("model") or "not stated",
+        "layer": info.get("layer"),
+        "hook": info.get("hook"),
+        "width": f"{sae.d_model} → {sae.d_sae}",
+        "activation": f"{sae.activation} {numbers}",
+        "input": f"{'b_dec subtracted' if sae.b_in.any() else 'nothing subtracted'}, per-token "
+                 f"scaling {sae.norm}",
+        "decoder norms": f"{norms.min():.3f} … {norms.max():.3f}",
+        "folded": info.get("folded") or "nothing",
+        "stated L0": info.get("l0"),
+        "held out": info.get("held_out"),
+        "settings": info.get("settings"),
+    }
+    return "\n".join(f"{name:<14} {value}" for name, value in lines.items() if value is not None)
+
+
+MOVED = {"check": "python -m tools.check_sae", "train": "python -m tools.train_sae"}
+
+
+def parse_args():
+    """The flags of `sae.py info`."""
+    p = argparse.ArgumentParser(prog="sae.py", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = p.add_subparsers(dest="command", required=True)
+    says = "what a checkpoint is and how it was read"
+    info = commands.add_parser("info", help=says,
+                               description=f"{says}\n\n    python sae.py info PATH",
+                               formatter_class=argparse.RawDescriptionHelpFormatter)
+    info.add_argument("path", help="SAE file or folder, hub:REPO[:SUBFOLDER]")
+    info.add_argument("--k-sae", type=int, help="k of a TopK SAE whose files do not hold it "
+                                                "(Qwen-Scope)")
+    info.add_argument("--revision", help="branch, tag or commit on the hub")
+    info.add_argument("--sae-dtype", choices=("float32", "bfloat16", "float16"), default="float32",
+                      help="in memory (default float32)")
+    return p.parse_args([word for word in sys.argv[1:] if word != "--debug"])
+
+
+def main():
+    """`sae.py info`: what a checkpoint is and how it was read."""
+    if len(sys.argv) > 1 and sys.argv[1] in MOVED:
+        raise SAEError(f"moved · python sae.py {sys.argv[1]} · use {MOVED[sys.argv[1]]}")
+    args = parse_args()
+    sae = load_sae(args.path, getattr(torch, args.sae_dtype), k=args.k_sae, revision=args.revision)
+    print(describe(sae))
+    for warning in warnings_of(sae):
+        print(f"warning: {warning}")
+
+
 if __name__ == "__main__":
-    sys.modules["sae"] = sys.modules["__main__"]        # sae_tools.py and the stages import this very module
-    importlib.import_module("parts.files").run_main(importlib.import_module("parts.sae_tools").main, SAEError)
+    try:
+        main()
+    except SAEError as error:
+        if "--debug" in sys.argv:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

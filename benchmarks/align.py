@@ -2,106 +2,140 @@
 
     python benchmarks/align.py --pairs truthfulqa.jsonl --questions truthfulqa_mc.jsonl --write
 
-1. the train and dev questions of --pairs are cut in two: about 500 clean pairs for the reward model, --train-pairs others for the policy
+1. the train and dev questions of --pairs are cut in two: about 500 clean pairs for the reward
+   model, --train-pairs others for the policy
 2. of the policy's pairs, a share --noise has its labels flipped
-3. each filter drops some of them; what is left trains the policy: TRL's DPOTrainer, a LoRA of PEFT, one epoch
-4. the aligned policy is read on the *test* questions: on how many pairs the chosen answer is more likely than the rejected one (sum of
-   token log-likelihoods, with the end mark), on how many its log-ratio to the unaligned model is larger (DPO's implicit reward), and
-   MC1: for how many of --questions the right candidate is the most likely one
+3. each filter drops some of them; what is left trains the policy: TRL's DPOTrainer, a LoRA of PEFT,
+   one epoch
+4. the aligned policy is read on the *test* questions: on how many pairs the chosen answer is more
+   likely than the rejected one (sum of token log-likelihoods, with the end mark), on how many its
+   log-ratio to the unaligned model is larger (DPO's implicit reward), and MC1: for how many of
+   --questions the right candidate is the most likely one
 
     unaligned       the policy as it is
     none            all pairs, noise included
-    sparserm        `05_best_of_n.py pairs --filter`: drops where the rejected side scores as high or higher (the paper's filter)
+    sparserm        `05_best_of_n.py pairs --filter`: drops where the rejected side scores as high
+                    or higher (the paper's filter)
     random          as many pairs as sparserm keeps, drawn at random
-    length          drops where the length rule that wins on the reward model's train pairs says otherwise
-    dense           drops where a Bradley-Terry head on the whole hidden state, trained on the same pairs, says otherwise
+    length          drops where the length rule that wins on the reward model's train pairs says
+                    otherwise
+    dense           drops where a Bradley-Terry head on the whole hidden state, trained on the same
+                    pairs, says otherwise
     oracle          drops exactly the flipped pairs
 
-The learning rate is the one of --lr with which `none` is best on the policy-free dev pairs (implicit reward, first seed). A seed
-draws the flips, the random filter, the LoRA's start and the order of the pairs. Finished runs lie in --out and are not run again.
+The learning rate is the one of --lr with which `none` is best on the policy-free dev pairs
+(implicit reward, first seed). A seed draws the flips, the random filter, the LoRA's start and the
+order of the pairs. Finished runs lie in --out and are not run again.
 """
 
-import argparse
 import gc
-import importlib
 import json
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-files, models, rows_of = (importlib.import_module(f"parts.{n}") for n in ("files", "models", "rows"))
-stage1, stage2, stage3, stage4 = (importlib.import_module(n) for n in
-                                  ("01_extract", "02_select_features", "03_train_head", "04_evaluate"))
-log_likelihoods, interval = importlib.import_module("likelihood").log_likelihoods, importlib.import_module("does_it_hold").interval
-RESULTS = ROOT / "benchmarks/results/align.json"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks import common
+from benchmarks.common import (
+    DEMO_SAE,
+    ROOT,
+    SIDES,
+    cut,
+    head_line,
+    interval,
+    line,
+    stage1,
+    stage2,
+    stage3,
+    stage4,
+)
+from parts.files import run_main, write_rows, write_text
+from parts.models import load_tokenizer, locate_model
+from parts.rows import pairs_of_row, read_rows
+
 FILTERS = ("none", "sparserm", "random", "length", "dense", "oracle")
 METRICS = {"likelihood": "chosen more likely", "implicit": "implicit reward", "mc1": "MC1"}
+RECORDED = ("noise", "seeds", "batch", "beta", "layer", "bf16")     # settings, into the results
 
 
 # ---------------------------------------------------------------- data
 
 def read_pairs(path):
-    """--pairs → (pairs of the reward model and the policy by question, test pairs): lists of {id, prompt, chosen, rejected, question}."""
+    """--pairs → (pairs of the reward model and the policy by question, test pairs)."""
     rows = []
-    for n, (_, raw) in enumerate(stage1.read_rows(path)):
-        rows += [{"id": f"{raw.get('id', n)}", "prompt": p, "chosen": c, "rejected": r, "question": stage1.question_of(p)}
-                 for p, c, r in rows_of.pairs_of_row(raw)]
-    test = [r for r in rows if stage1.split_of(r["prompt"]) == "test"]
-    rest = [r for r in rows if stage1.split_of(r["prompt"]) != "test"]
-    return sorted(rest, key=lambda r: stage1.hash_number(f"align {r['question']}")), test
-
-
-def cut(rows, count):
-    """The first `count` rows, rounded up so that no question is on both sides → (those, the rest)."""
-    while 0 < count < len(rows) and rows[count]["question"] == rows[count - 1]["question"]:
-        count += 1
-    return rows[:count], rows[count:]
+    for number, (_, raw) in enumerate(read_rows(path)):
+        name = f"{raw.get('id', number)}"
+        rows += [common.pair_row(name, *pair) for pair in pairs_of_row(raw)]
+    test = [row for row in rows if row["split"] == "test"]
+    rest = [row for row in rows if row["split"] != "test"]
+    rest.sort(key=lambda row: stage1.hash_number(f"align {row['question']}"))
+    return rest, test
 
 
 def flipped(rows, noise, seed):
     """A share `noise` of the pairs with their sides swapped; `flipped` says which."""
-    swap = set(np.random.default_rng([seed, 1]).permutation(len(rows))[:round(noise * len(rows))].tolist())
-    return [{**r, "flipped": n in swap, **({"chosen": r["rejected"], "rejected": r["chosen"]} if n in swap else {})}
-            for n, r in enumerate(rows)]
+    order = np.random.default_rng([seed, 1]).permutation(len(rows))
+    swap = set(order[:round(noise * len(rows))].tolist())
+    found = []
+    for n, row in enumerate(rows):
+        row = {**row, "flipped": n in swap}
+        if n in swap:
+            row |= {"chosen": row["rejected"], "rejected": row["chosen"]}
+        found.append(row)
+    return found
 
 
 # ---------------------------------------------------------------- filters
 
 def dense_differences(pairs, reward, rows):
-    """r_chosen - r_rejected of a Bradley-Terry head on z, trained on the reward model's pairs with stage 4's search → [n]."""
-    settings = {"lr": 0.01, "epochs": 200, "patience": 20}
-    *_, difference = stage4.fit_control(*pairs.z, pairs.split, stage4.DENSE, settings, range(5))
-    return difference(*(reward.hidden([r["prompt"] for r in rows], [r[side] for r in rows]) for side in ("chosen", "rejected")))
+    """r_chosen - r_rejected of a Bradley-Terry head on z, trained on the reward model's pairs with
+    stage 4's search → [n]."""
+    chosen, rejected = pairs.z
+    fitted = stage4.fit_control(chosen, rejected, pairs.split, stage4.DENSE, stage3.DEFAULTS,
+                                seeds=range(5))
+    prompts = [row["prompt"] for row in rows]
+    z = [reward.hidden(prompts, [row[side] for row in rows]) for side in SIDES]
+    return fitted.differences(*z)
 
 
 def length_differences(pairs, rows):
-    """Words of chosen minus rejected, with the sign that wins on the reward model's train pairs (a draw: longer) → [n]; 0: as long."""
-    train = pairs.part(pairs.split == stage1.TRAIN)
-    sign = 1 if np.sign(train.tokens[0] - train.tokens[1].astype(float)).sum() >= 0 else -1
-    return sign * np.array([len(r["chosen"].split()) - len(r["rejected"].split()) for r in rows], float)
+    """Words of chosen minus rejected, with the sign that wins on the reward model's train pairs (a
+    draw: longer) → [n]; 0: as long."""
+    chosen, rejected = pairs.part(pairs.train).tokens
+    longer = np.sign(chosen - rejected.astype(float)).sum()
+    sign = 1 if longer >= 0 else -1
+    words = [len(row["chosen"].split()) - len(row["rejected"].split()) for row in rows]
+    return sign * np.array(words, float)
 
 
-def kept_by(name, rows, dense, length, folder, args, seed):
-    """A filter → the rows it keeps."""
-    if name == "sparserm":                  # as a user would: a file in, a file out
-        files.write_rows(folder / f"noisy-{seed}.jsonl", rows)
-        out = folder / f"kept-{seed}.jsonl"
-        command = ["pairs", "--filter", folder / f"noisy-{seed}.jsonl", "--reward", folder / "reward/reward_head.safetensors", "--out", out]
-        subprocess.run([sys.executable, ROOT / "05_best_of_n.py", *command], check=True, stdout=subprocess.DEVNULL)
-        ids = {json.loads(line)["id"] for line in open(out, encoding="utf-8")}
-        return [r for r in rows if r["id"] in ids]
+def kept_by(name, rows, dense, length, folder, seed):
+    """A filter → the rows it keeps. dense, length: differences of those two filters [n]."""
+    if name == "sparserm":
+        return kept_by_sparserm(rows, folder, seed)
     if name == "random":
-        size = sum(1 for _ in open(folder / f"kept-{seed}.jsonl", encoding="utf-8"))
-        return [rows[n] for n in sorted(np.random.default_rng([seed, 2]).permutation(len(rows))[:size])]
-    good = {"none": lambda n, r: True, "oracle": lambda n, r: not r["flipped"], "dense": lambda n, r: dense[n] > 0,
-            "length": lambda n, r: length[n] >= 0}[name]
-    return [r for n, r in enumerate(rows) if good(n, r)]
+        size = len(common.read_json_rows(folder / f"kept-{seed}.jsonl"))
+        order = np.random.default_rng([seed, 2]).permutation(len(rows))
+        return [rows[n] for n in sorted(order[:size])]
+    keep = {
+        "none": np.ones(len(rows), bool),
+        "oracle": np.array([not row["flipped"] for row in rows]),
+        "dense": dense > 0,
+        "length": length >= 0,
+    }[name]
+    return [row for row, kept in zip(rows, keep) if kept]
+
+
+def kept_by_sparserm(rows, folder, seed):
+    """As a user would: a file in, a file out."""
+    noisy = folder / f"noisy-{seed}.jsonl"
+    out = folder / f"kept-{seed}.jsonl"
+    write_rows(noisy, rows)
+    common.run_script("05_best_of_n.py", "pairs", "--filter", noisy,
+                      "--reward", folder / "reward/reward_head.safetensors", "--out", out)
+    names = {row["id"] for row in common.read_json_rows(out)}
+    return [row for row in rows if row["id"] in names]
 
 
 # ---------------------------------------------------------------- the policy
@@ -112,18 +146,18 @@ def align(rows, lr, seed, folder, args):
     import peft
     import transformers
     import trl
-    chat = lambda role, text: [{"role": role, "content": text}]
-    data = datasets.Dataset.from_list([{"prompt": chat("user", r["prompt"]), "chosen": chat("assistant", r["chosen"]),
-                                        "rejected": chat("assistant", r["rejected"])} for r in rows])
-    transformers.set_seed(seed)
-    name = models.locate_model(args.model)
-    settings = trl.DPOConfig(output_dir=str(folder), per_device_train_batch_size=args.batch, num_train_epochs=1, learning_rate=lr,
-                             beta=args.beta, warmup_steps=2, max_length=512, seed=seed, use_cpu=args.device == "cpu", bf16=args.bf16,
-                             gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=10)
+    settings = trl.DPOConfig(
+        output_dir=str(folder), per_device_train_batch_size=args.batch, num_train_epochs=1,
+        learning_rate=lr, beta=args.beta, warmup_steps=2, max_length=512, seed=seed,
+        use_cpu=args.device == "cpu", bf16=args.bf16, gradient_checkpointing=False,
+        report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=10)
     lora = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    data = datasets.Dataset.from_list([as_messages(row) for row in rows])
+    transformers.set_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        locate_model(args.model), dtype=torch.float32)
     trainer = trl.DPOTrainer(model=model, args=settings, train_dataset=data, peft_config=lora,
-                             processing_class=stage1.load_tokenizer(args.model))
+                             processing_class=load_tokenizer(args.model))
     trainer.train()
     merged = trainer.model.merge_and_unload()
     del trainer
@@ -131,20 +165,41 @@ def align(rows, lr, seed, folder, args):
     return merged
 
 
+def as_messages(row):
+    """A pair as TRL's trainers read it."""
+    found = {}
+    for name, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant")):
+        found[name] = [{"role": role, "content": row[name]}]
+    return found
+
+
 def read_policy(backbone, pairs, questions):
-    """A policy on pairs and questions → {chosen, rejected: sums [n]; mc1: 1 where the right candidate is the most likely}."""
-    sides = ("chosen", "rejected")
-    flat = [(r["prompt"], r[side]) for side in sides for r in pairs] + [(q["prompt"], c) for q in questions for c in q["candidates"]]
-    sums = iter(log_likelihoods(backbone, *zip(*flat))[0].tolist())         # one pass: the same questions stand in both
-    found = {side: [next(sums) for _ in pairs] for side in sides}
-    each = [[next(sums) for _ in q["candidates"]] for q in questions]
-    return found | {"mc1": [q["labels"][int(np.argmax(s))] for q, s in zip(questions, each)]}
+    """A policy on pairs and questions →
+    {chosen, rejected: sums [n]; mc1: 1 where the right candidate is the most likely}."""
+    asked = []                          # one pass over all: the same questions stand in both
+    for side in SIDES:
+        asked += [(pair["prompt"], pair[side]) for pair in pairs]
+    for question in questions:
+        asked += [(question["prompt"], candidate) for candidate in question["candidates"]]
+    sums, _ = common.log_likelihoods(backbone, *zip(*asked))
+
+    found = {"chosen": sums[:len(pairs)].tolist(),
+             "rejected": sums[len(pairs):2 * len(pairs)].tolist(),
+             "mc1": []}
+    done = 2 * len(pairs)
+    for question in questions:
+        of_candidates = sums[done:done + len(question["candidates"])]
+        done += len(of_candidates)
+        found["mc1"].append(question["labels"][int(np.argmax(of_candidates))])
+    return found
 
 
 def right(found, base):
-    """What a policy gets right → {metric: array of 0 and 1}."""
-    ratio = lambda side: np.array(found[side]) - np.array(base[side])
-    return {"likelihood": np.array(found["chosen"]) > np.array(found["rejected"]), "implicit": ratio("chosen") > ratio("rejected"),
+    """What a policy gets right → {metric: array of 0 and 1}. base: the unaligned one."""
+    chosen, rejected = [np.array(found[side]) for side in SIDES]
+    base_chosen, base_rejected = [np.array(base[side]) for side in SIDES]
+    return {"likelihood": chosen > rejected,
+            "implicit": chosen - base_chosen > rejected - base_rejected,
             "mc1": np.array(found["mc1"])}
 
 
@@ -153,8 +208,7 @@ def right(found, base):
 def once(path, make):
     """A JSON file, made if it is not there."""
     if not path.exists():
-        found = make()
-        files.write_text(path, json.dumps(found, sort_keys=True) + "\n")
+        write_text(path, json.dumps(make(), sort_keys=True) + "\n")
     return json.loads(path.read_text("utf-8"))
 
 
@@ -162,123 +216,199 @@ def train_reward(rows, folder, args):
     """Stages 1 to 3 on the reward model's clean pairs → RewardModel."""
     run = folder / "reward"
     if not (run / "reward_head.safetensors").exists():
-        files.write_rows(folder / "clean.jsonl", rows)
-        extract = ["--pairs", folder / "clean.jsonl", "--model", args.model, "--layer", args.layer, "--seed", 1, "--split", "0.85,0.15,0"]
-        for script, more in (("01_extract.py", extract), ("02_select_features.py", ["--sae", args.sae]), ("03_train_head.py", [])):
-            subprocess.run([sys.executable, ROOT / script, "--run", run, *map(str, more)], check=True, stdout=subprocess.DEVNULL)
+        write_rows(folder / "clean.jsonl", rows)
+        common.run_script("01_extract.py", "--run", run, "--pairs", folder / "clean.jsonl",
+                          "--model", args.model, "--layer", args.layer,
+                          "--seed", 1, "--split", "0.85,0.15,0")
+        common.run_script("02_select_features.py", "--run", run, "--sae", args.sae)
+        common.run_script("03_train_head.py", "--run", run)
     return stage3.RewardModel.load(run / "reward_head.safetensors")
+
+
+class Experiment:
+    """The data, the reward model and the unaligned policy; trains and reads policies."""
+
+    def __init__(self, args):
+        self.args = args
+        self.folder = Path(args.out)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        rest, self.test = read_pairs(args.pairs)
+        self.clean, rest = cut(rest, args.reward_pairs)
+        self.source, self.dev = cut(rest, args.train_pairs)
+        self.questions = common.unseen_questions(args.questions) if args.questions else []
+
+        self.reward = train_reward(self.clean, self.folder, args)
+        run = self.folder / "reward"
+        paths, _ = stage2.shard_files(run)
+        self.seen = stage4.Pairs(**stage4.read_pairs(run, paths))   # for the other filters
+
+    def noisy(self, seed):
+        """The policy's pairs with the flips of a seed."""
+        return flipped(self.source, self.args.noise, seed)
+
+    def unaligned(self, pairs, questions, name):
+        """What the policy says before it is aligned, kept in a file of this name."""
+        return once(self.folder / name,
+                    lambda: read_policy(self.reward.backbone, pairs, questions))
+
+    def trained(self, rows, lr, seed, pairs, questions):
+        """Align a policy on `rows`, read it on pairs and questions."""
+        model, seconds = common.timed(align, rows, lr, seed, self.folder / "trainer", self.args)
+        backbone = stage1.make_backbone(model.to(self.args.device), self.reward.backbone.tokenizer,
+                                        {"model": "aligned"})
+        return {**read_policy(backbone, pairs, questions), "seconds": seconds, "pairs": len(rows),
+                "flipped": sum(row["flipped"] for row in rows)}
+
+    def search(self):
+        """Each learning rate on dev, where there are several → {rate: share of pairs right}."""
+        found = {}
+        if len(self.args.lr) == 1:
+            return found
+        base = self.unaligned(self.dev, [], "unaligned-dev.json")
+        noisy = self.noisy(0)
+        for lr in self.args.lr:
+            policy = once(self.folder / f"dev-lr{lr:g}.json",
+                          lambda lr=lr: self.trained(noisy, lr, 0, self.dev, []))
+            share = float(right(policy, base)["implicit"].mean())
+            found[f"{lr:g}"] = share
+            print(f"lr {lr:g}: implicit reward right on {share:.3f} of the dev pairs "
+                  f"({policy['seconds']:.0f} s)", flush=True)
+        return found
+
+    def runs(self, lr, base):
+        """Every filter with every seed → {filter: list of what the policies say}."""
+        found = {name: [] for name in FILTERS}
+        for seed in range(self.args.seeds):
+            noisy = self.noisy(seed)
+            dense = dense_differences(self.seen, self.reward, noisy)
+            length = length_differences(self.seen, noisy)
+            for name in FILTERS:
+                rows = kept_by(name, noisy, dense, length, self.folder, seed)
+                policy = once(
+                    self.folder / f"{name}-{seed}-lr{lr:g}.json",
+                    lambda rows=rows, seed=seed: self.trained(rows, lr, seed, self.test,
+                                                              self.questions))
+                found[name].append(policy)
+                now = {metric: round(float(values.mean()), 3)
+                       for metric, values in right(policy, base).items()}
+                print(f"seed {seed} {name:<9} {len(rows)} pairs, {policy['flipped']} flipped: "
+                      f"{now} ({policy['seconds']:.0f} s)", flush=True)
+        return found
+
+    def counts(self):
+        """How many pairs and questions there are of each kind."""
+        return {"reward": len(self.clean), "policy": len(self.source), "dev": len(self.dev),
+                "test": len(self.test), "questions": len(self.questions)}
 
 
 def experiment(args):
     """→ dict of all figures."""
-    folder = Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    rest, test = read_pairs(args.pairs)
-    clean, rest = cut(rest, args.reward_pairs)
-    noisy_source, dev = cut(rest, args.train_pairs)
-    questions = [row for _, row in stage1.read_rows(args.questions) if stage1.split_of(row["prompt"]) == "test"] if args.questions else []
-    reward = train_reward(clean, folder, args)
-    seen = stage4.Pairs(folder / "reward", stage2.shard_files(folder / "reward")[0])        # its own pairs, for the other filters
-    print(f"{len(clean)} clean pairs for the reward model, {len(noisy_source)} for the policy, {len(dev)} dev, {len(test)} test, "
-          f"{len(questions)} test questions", flush=True)
-    base = once(folder / "unaligned.json", lambda: read_policy(reward.backbone, test, questions))
-    base_dev = once(folder / "unaligned-dev.json", lambda: read_policy(reward.backbone, dev, []))
-
-    def trained(rows, lr, seed, pairs, asked):
-        started = time.perf_counter()
-        model = align(rows, lr, seed, folder / "trainer", args)
-        seconds = time.perf_counter() - started
-        backbone = stage1.make_backbone(model.to(args.device), reward.backbone.tokenizer, {"model": "aligned"})
-        return {**read_policy(backbone, pairs, asked), "seconds": seconds, "pairs": len(rows),
-                "flipped": sum(r["flipped"] for r in rows)}
-    search = {}
-    for lr in args.lr if len(args.lr) > 1 else []:
-        noisy = flipped(noisy_source, args.noise, 0)
-        found = once(folder / f"dev-lr{lr:g}.json", lambda lr=lr, noisy=noisy: trained(noisy, lr, 0, dev, []))
-        search[f"{lr:g}"] = float(right(found, base_dev)["implicit"].mean())
-        print(f"lr {lr:g}: implicit reward right on {search[f'{lr:g}']:.3f} of the dev pairs ({found['seconds']:.0f} s)", flush=True)
+    work = Experiment(args)
+    counts = work.counts()
+    print("{reward} clean pairs for the reward model, {policy} for the policy, {dev} dev, "
+          "{test} test, {questions} test questions".format(**counts), flush=True)
+    base = work.unaligned(work.test, work.questions, "unaligned.json")
+    search = work.search()
     lr = float(max(search, key=search.get)) if search else args.lr[0]
-    runs = {name: [] for name in FILTERS}
-    for seed in range(args.seeds):
-        noisy = flipped(noisy_source, args.noise, seed)
-        dense, length = dense_differences(seen, reward, noisy), length_differences(seen, noisy)
-        for name in FILTERS:
-            rows = kept_by(name, noisy, dense, length, folder, args, seed)
-            result = once(folder / f"{name}-{seed}-lr{lr:g}.json", lambda rows=rows, seed=seed: trained(rows, lr, seed, test, questions))
-            runs[name].append(result)
-            now = {metric: round(float(values.mean()), 3) for metric, values in right(result, base).items()}
-            print(f"seed {seed} {name:<9} {len(rows)} pairs, {result['flipped']} flipped: {now} ({result['seconds']:.0f} s)", flush=True)
-    return {"lr": lr, "search": search, **settings_of(args), "counts": {"reward": len(clean), "policy": len(noisy_source), "dev": len(dev),
-            "test": len(test), "questions": len(questions)}, "filters": figures(runs, base, test, questions)}
+    runs = work.runs(lr, base)
+    settings = {name: getattr(args, name) for name in RECORDED}
+    return {"lr": lr, "search": search, **settings, "counts": counts,
+            "filters": figures(runs, base, work.test, work.questions)}
 
 
-def settings_of(args):
-    """The settings that belong into the results."""
-    return {n: getattr(args, n) for n in ("noise", "seeds", "batch", "beta", "layer", "bf16")}
-
+# ---------------------------------------------------------------- figures
 
 def figures(runs, base, test, questions):
-    """What every run got right → {filter: kept, flipped, {metric: {mean, low, high, minus_none, minus_random}}}, resampled by question."""
-    groups = {"likelihood": [r["question"] for r in test], "implicit": [r["question"] for r in test],
-              "mc1": [stage1.question_of(q["prompt"]) for q in questions]}
-    values = {name: {m: np.stack([right(f, base)[m] for f in found]).astype(float) for m in METRICS} for name, found in runs.items()}
-    values["unaligned"] = {m: v[None].astype(float) for m, v in right(base, base).items()}
+    """What every run got right, resampled by question →
+    {filter: kept, flipped, {metric: {mean, low, high, minus_none, minus_random}}}."""
+    of_pairs = [row["question"] for row in test]
+    groups = {"likelihood": of_pairs, "implicit": of_pairs,
+              "mc1": [stage1.question_of(question["prompt"]) for question in questions]}
+    values = {"unaligned": right_of_all([base], base)}
+    values |= {name: right_of_all(found, base) for name, found in runs.items()}
+
     result = {}
-    for name in ("unaligned", *runs):
-        result[name] = {"kept": [f["pairs"] for f in runs.get(name, [])], "flipped": [f["flipped"] for f in runs.get(name, [])],
-                        "seconds": [round(f["seconds"], 1) for f in runs.get(name, [])]}
+    for name in values:
+        found = runs.get(name, [])
+        result[name] = {"kept": [policy["pairs"] for policy in found],
+                        "flipped": [policy["flipped"] for policy in found],
+                        "seconds": [round(policy["seconds"], 1) for policy in found]}
         for metric in METRICS:
             if not groups[metric] or (name == "unaligned" and metric == "implicit"):
                 continue
-            row = dict(zip(("mean", "low", "high"), stage4.bootstrap(values[name][metric], groups[metric])))
+            row = common.mean_interval(values[name][metric], groups[metric])
             for other in ("none", "random"):
                 if other != name and other in values:
-                    difference = values[name][metric] - values[other][metric]
-                    row[f"minus_{other}"] = dict(zip(("mean", "low", "high"), stage4.bootstrap(difference, groups[metric])))
+                    gap = values[name][metric] - values[other][metric]
+                    row[f"minus_{other}"] = common.mean_interval(gap, groups[metric])
             result[name][metric] = row
     return result
 
 
+def right_of_all(found, base):
+    """What policies get right → {metric: [policies, n] of 0 and 1}."""
+    rows = [right(policy, base) for policy in found]
+    return {metric: np.stack([row[metric] for row in rows]).astype(float) for metric in METRICS}
+
+
 def table(found):
     """The figures → markdown."""
-    cell = lambda r, sign="": interval(r, "mean", sign) if r else "–"
-    columns = ["filter", "pairs kept, of which flipped", *METRICS.values(), *(f"{name}, minus no filter" for name in METRICS.values())]
-    text = "| " + " | ".join(columns) + " |\n"
-    text += "|---" * len(columns) + "|\n"
+    behind = [f"{name}, minus no filter" for name in METRICS.values()]
+    text = head_line("filter", ["pairs kept, of which flipped", *METRICS.values(), *behind])
     for name, row in found["filters"].items():
-        kept = f"{np.mean(row['kept']):.0f}, {np.mean(row['flipped']) / np.mean(row['kept']):.1%}" if row["kept"] else "–"
-        text += "| " + " | ".join([name, kept, *(cell(row.get(m)) for m in METRICS),
-                                   *(cell((row.get(m) or {}).get("minus_none"), "+") for m in METRICS)]) + " |\n"
+        cells = ["–"]
+        if row["kept"]:
+            kept, bad = np.mean(row["kept"]), np.mean(row["flipped"])
+            cells = [f"{kept:.0f}, {bad / kept:.1%}"]
+        metrics = [row.get(metric, {}) for metric in METRICS]
+        cells += [interval(of, "mean") if of else "–" for of in metrics]
+        gaps = [of.get("minus_none") for of in metrics]
+        cells += [common.difference(gap) if gap else "–" for gap in gaps]
+        text += line(name, cells)
     return text
 
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--pairs", default=str(ROOT / "data/truthful.jsonl"), help="clean preference pairs")
+# ---------------------------------------------------------------- command line
+
+def parse_args():
+    """The flags."""
+    p = common.command_line(__doc__)
+    p.add_argument("--pairs", default=str(ROOT / "data/truthful.jsonl"),
+                   help="clean preference pairs")
     p.add_argument("--questions", help="rows {prompt, candidates, labels} for MC1")
     p.add_argument("--model", default="demo")
     p.add_argument("--layer", type=int, default=16)
-    p.add_argument("--sae", default=str(ROOT / "assets/sae-smollm2-135m-layer16.safetensors"))
-    p.add_argument("--reward-pairs", type=int, default=500, help="clean pairs of the reward model, its dev pairs included")
-    p.add_argument("--train-pairs", type=int, default=320, help="pairs of the policy, before the filter")
+    p.add_argument("--sae", default=str(DEMO_SAE))
+    p.add_argument("--reward-pairs", type=int, default=500,
+                   help="clean pairs of the reward model, its dev pairs included")
+    p.add_argument("--train-pairs", type=int, default=320,
+                   help="pairs of the policy, before the filter")
     p.add_argument("--noise", type=float, default=0.3, help="share of labels flipped")
     p.add_argument("--lr", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3], help="tried on dev")
     p.add_argument("--beta", type=float, default=0.1)
     p.add_argument("--batch", type=int, default=8)
-    p.add_argument("--bf16", action="store_true", help="train in mixed precision; 2.5 times faster on a CPU with AVX-512 BF16")
+    p.add_argument("--bf16", action="store_true",
+                   help="train in mixed precision; 2.5 times faster on a CPU with AVX-512 BF16")
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--device", default="cpu")
     p.add_argument("--out", default="runs/align", help="folder of the finished runs")
     p.add_argument("--write", action="store_true", help="into benchmarks/results/align.json")
-    p.add_argument("--table", action="store_true", help="only print the table of the results file")
-    args = p.parse_args()
+    p.add_argument("--table", action="store_true",
+                   help="only print the table of the results file")
+    return p.parse_args()
+
+
+def main():
+    """The command."""
+    args = parse_args()
     if args.table:
-        return print(table(json.loads(RESULTS.read_text("utf-8"))))
+        print(table(common.read_result("align")))
+        return
     found = experiment(args)
     if args.write:
-        files.write_text(RESULTS, json.dumps(found, indent=1, sort_keys=True) + "\n")
+        common.write_result("align", found)
     print(table(found))
 
 
 if __name__ == "__main__":
-    stage1.run_main(main)
+    run_main(main)

@@ -2,12 +2,10 @@
 
     python benchmarks/data_statistics.py data/truthful.jsonl data/safe.jsonl
 
-words: a Bradley-Terry head on hashed 1- and 2-grams of the responses alone (the `words` control of stage 4), 5 folds by prompt;
-the share of held-out pairs that it gets right, ties half.
+words: a Bradley-Terry head on hashed 1- and 2-grams of the responses alone (the `words` control of
+stage 4), 5 folds by prompt; the share of held-out pairs that it gets right, ties half.
 """
 
-import importlib
-import json
 import re
 import sys
 from pathlib import Path
@@ -15,7 +13,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-stage1, stage4 = (importlib.import_module(n) for n in ("01_extract", "04_evaluate"))
+from benchmarks.common import FOLDS, SIDES, head_line, line, read_json_rows, stage1, stage4
+from parts.statistics import points
+
 NEGATION = re.compile(r"\b(no|not|never|cannot|none|nothing|\w+n't)\b", re.IGNORECASE)
 
 
@@ -24,35 +24,57 @@ def words(text):
     return re.findall(r"[\w']+", text.lower())
 
 
-def words_control(rows, folds=5):
-    """Accuracy of the words control over `folds` folds by prompt; a tenth of the other folds stops the training."""
-    texts, right = [[r["chosen"] for r in rows], [r["rejected"] for r in rows]], 0.0
-    place = torch.tensor([stage1.hash_number("fold:" + stage1.plain_text(r["prompt"])) % (folds * 9) for r in rows])
-    for fold in range(folds):
-        split = torch.where(place % folds == fold, 2, torch.where(place // folds == fold, 1, 0))
-        _, difference = stage4.fit_and_test(*stage4.word_features(texts, split)(texts), split, stage4.DENSE, {}, scale=False)
-        right += float(stage4.points(difference).sum())
+def words_control(rows):
+    """Accuracy of the words control over FOLDS folds by prompt.
+
+    A tenth of the other folds stops the training.
+    """
+    texts = [[row[side] for row in rows] for side in SIDES]
+    numbers = [stage1.hash_number("fold:" + stage1.plain_text(row["prompt"])) for row in rows]
+    place = torch.tensor([number % (FOLDS * 9) for number in numbers])
+    right = 0.0
+    for fold in range(FOLDS):
+        split = torch.full_like(place, stage4.TRAIN)
+        split[place // FOLDS == fold] = stage4.DEV
+        split[place % FOLDS == fold] = stage4.TEST
+        chosen, rejected = stage4.WordFeatures(texts, split)(texts)
+        fitted = stage4.fit_control(chosen, rejected, split, stage4.DENSE, {}, scale=False)
+        test = split == stage4.TEST
+        differences = fitted.differences(chosen[test], rejected[test])
+        right += float(points(differences).sum())
     return right / len(rows)
 
 
 def statistics(path):
     """A preference set → dict of its figures."""
-    rows = [json.loads(line) for line in open(path, encoding="utf-8")]
-    lengths = [(len(words(r["chosen"])), len(words(r["rejected"]))) for r in rows]
+    rows = read_json_rows(path)
+    lengths = {name: [len(words(row[name])) for row in rows] for name in ("prompt", *SIDES)}
+    longer = [(chosen > rejected) + (chosen == rejected) / 2
+              for chosen, rejected in zip(lengths["chosen"], lengths["rejected"])]
+    negations = {side: sum(bool(NEGATION.search(row[side])) for row in rows) for side in SIDES}
     return {
-        "pairs": len(rows), "prompts": len({stage1.plain_text(r["prompt"]) for r in rows}),
-        "subjects": len({r["category"] for r in rows}),
-        "words a prompt": sum(len(words(r["prompt"])) for r in rows) / len(rows),
-        "words chosen": sum(c for c, _ in lengths) / len(rows), "words rejected": sum(r for _, r in lengths) / len(rows),
-        "chosen longer": sum((c > r) + (c == r) / 2 for c, r in lengths) / len(rows),
-        "negations chosen": sum(bool(NEGATION.search(r["chosen"])) for r in rows),
-        "negations rejected": sum(bool(NEGATION.search(r["rejected"])) for r in rows),
+        "pairs": len(rows),
+        "prompts": len({stage1.plain_text(row["prompt"]) for row in rows}),
+        "subjects": len({row["category"] for row in rows}),
+        "words a prompt": sum(lengths["prompt"]) / len(rows),
+        "words chosen": sum(lengths["chosen"]) / len(rows),
+        "words rejected": sum(lengths["rejected"]) / len(rows),
+        "chosen longer": sum(longer) / len(rows),
+        "negations chosen": negations["chosen"],
+        "negations rejected": negations["rejected"],
         "words control": words_control(rows),
     }
 
 
+def table(found):
+    """{name: figures} → markdown, a column each set."""
+    text = head_line("", found)
+    for name in next(iter(found.values())):
+        values = [figures[name] for figures in found.values()]
+        cells = [f"{value:.3f}" if isinstance(value, float) else str(value) for value in values]
+        text += line(name, cells)
+    return text
+
+
 if __name__ == "__main__":
-    found = {Path(path).name: statistics(path) for path in sys.argv[1:]}
-    print("| | " + " | ".join(found) + " |\n|---|" + "---|" * len(found))
-    for key in next(iter(found.values())):
-        print(f"| {key} | " + " | ".join(f"{f[key]:.3f}" if isinstance(f[key], float) else str(f[key]) for f in found.values()) + " |")
+    print(table({Path(path).name: statistics(path) for path in sys.argv[1:]}), end="")

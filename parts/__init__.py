@@ -1,9 +1,10 @@
-"""What the scripts are built from and SparseRM adds nothing to.
+"""What the scripts are built from and SparseRM adds nothing to. A part imports parts only.
 
-files       whole or absent, with their lineage; errors of one line        chat        prompt and response → token ids
-rows        layouts of preference data                                     models      opening a model
-explain     what the latents are, why A beat B                             report      tables, pictures, the page
-self_check  03 --check                                                     sae_tools   the commands of sae.py, training an SAE
+rows        layouts of preference data              chat        prompt and response → token ids
+files       whole or absent, with their lineage     models      opening a model
+packing     many texts in one forward pass          devices     several processes, out of memory
+sampled     a reward read off the sampling          statistics  intervals
+latents     what the latents are, why A beat B      report      tables, pictures, the page
 
 The method itself is in the numbered scripts and sae.py.
 """

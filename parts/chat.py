@@ -1,126 +1,230 @@
-"""Prompt and response → token ids, through the tokenizer's own chat template: the one path, for training and for scoring."""
+"""Prompt and response → token ids, through the tokenizer's own chat template: the one path, for
+training and for scoring."""
 
 import functools
 import os
 import re
+import tempfile
 from dataclasses import dataclass
+
+import numpy as np
 
 from parts.files import UserError
 
-PLAIN_TEMPLATE = ("{% for m in messages %}{% if loop.first %}{{ bos_token or '' }}{% endif %}"
-                  "{{ m['role'] | capitalize }}: {{ m['content'] }}{{ (eos_token or '') if m['role'] == 'assistant' }}\n\n"
-                  "{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}")
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}{% if loop.first %}{{ bos_token or '' }}{% endif %}"
+    "{{ m['role'] | capitalize }}: {{ m['content'] }}{{ (eos_token or '') if m['role'] == "
+    "'assistant' }}\n\n"
+    "{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}")
+# of templates that print a date: the same text has to give the same tokens tomorrow
+TODAY = "26 Jul 2024"
 
 
 @dataclass
 class Text:
-    """A rendered conversation: its token ids, the token range of the response, the end-of-turn mark."""
-    ids: list
+    """A rendered conversation."""
+    ids: list       # token ids of the whole
     first: int      # first token of the response
     last: int       # one past its last token
     eot: int        # the end-of-turn token
 
-    def span(self, rule):
-        """Token range [start, stop) that `rule` averages over."""
-        return {"last": (len(self.ids) - 1, len(self.ids)), "eot": (self.eot, self.eot + 1),
-                "content": (self.last - 1, self.last), "mean": (self.first, self.last)}[rule]
 
+# ---------------------------------------------------------------- one conversation → token ids
+
+def render(tokenizer, prompt, response, max_length=None):
+    """Prompt (str or messages) + response → Text. The one path to token ids, for training and for
+    scoring.
+
+    Equal to apply_chat_template(messages, add_generation_prompt=False): the template alone adds
+    BOS. Control tokens typed into a text do not act as such. Longer than max_length: whole turns of
+    the prompt are cut from the left, then its words; never the response (then: UserError).
+    """
+    is_prompt = isinstance(prompt,
+                           str) or (isinstance(prompt, (list, tuple)) and is_conversation(prompt))
+    if not is_prompt or not isinstance(response, str):
+        raise TypeError("a prompt is a text or a list of {role, content}, a response is a text; "
+                        "these are "
+                        f"{type(prompt).__name__} and {type(response).__name__}")
+    turns = clean_turns(tokenizer, prompt)
+    response = without_control_tokens(tokenizer, response)
+    while True:
+        text = render_turns(tokenizer, turns, response)
+        excess = len(text.ids) - max_length if max_length else 0
+        if excess <= 0:
+            return text
+        turns = cut_prompt(tokenizer, turns, excess)
+        if turns is None:
+            raise UserError(f"response longer than max length · {len(text.ids)} tokens, "
+                            f"{max_length} allowed · shorten it, or "
+                            "run stage 1 with a larger --max-length")
+
+
+def prompt_ids(tokenizer, prompt):
+    """A prompt (str or messages) with the generation prompt → token ids, for sampling an answer to
+    it."""
+    text = chat_string(tokenizer, clean_turns(tokenizer, prompt), add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def clean_turns(tokenizer, prompt):
+    """A prompt → its turns, {role, content}, without control tokens."""
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    turns = []
+    for turn in prompt:
+        role = without_control_tokens(tokenizer, turn["role"])
+        turns.append({"role": role, "content": without_control_tokens(tokenizer, turn["content"])})
+    return turns
+
+
+def render_turns(tokenizer, turns, response):
+    """Messages + response → Text."""
+    full = chat_string(tokenizer, [*turns, {"role": "assistant", "content": response}])
+    start, stop = place_of_response(tokenizer, turns, full)
+    encoded = tokenizer(full, add_special_tokens=False, return_offsets_mapping=True)
+    ids = encoded["input_ids"]
+    offsets = encoded["offset_mapping"]  # (first character, one past the last) of each token
+
+    inside = [n for n, (begin, end) in enumerate(offsets) if begin < stop and end > start]
+    if inside:
+        first, last = inside[0], inside[-1] + 1
+    else:                                           # an empty response: read the token before it
+        last = max(1, sum(end <= start for _, end in offsets))
+        first = last - 1
+
+    _, control_ids = control_tokens(tokenizer)
+    behind = [n for n in range(last, len(ids)) if ids[n] in control_ids]
+    return Text(ids, first, last, eot=behind[0] if behind else len(ids) - 1)
+
+
+def place_of_response(tokenizer, turns, full):
+    """The characters [start, stop) of `full` that are the response.
+
+    A template may change the text, trim it for example, so it is not searched for. Another
+    conversation is rendered, whose answer is a character that occurs nowhere else; what stands
+    around it stands around the response too:
+
+        full     <|im_start|>assistant\\nThe sky is blue.<|im_end|>\\n
+        other    <|im_start|>assistant\\n\\ue000<|im_end|>\\n        \\ue000: a private character
+    """
+    stand_in = "\ue000"
+    other = chat_string(tokenizer, [*turns, {"role": "assistant", "content": stand_in}])
+    before, _, after = other.rpartition(stand_in)
+    start = len(os.path.commonprefix([before, full]))
+    stop = len(full) - len(after) if full.endswith(after) else len(full)
+    return start, stop
+
+
+def cut_prompt(tokenizer, turns, excess):
+    """Drop the oldest exchange, or the first `excess` tokens of a lone prompt → turns; None where
+    nothing is left to cut."""
+    system = turns[:1] if turns[0]["role"] == "system" else []
+    rest = turns[len(system):]
+    if not rest:
+        return None
+    if len(rest) > 2:
+        return system + rest[2:]
+    if len(rest) == 2:
+        return system + rest[1:] if rest[1]["role"] == "user" else None
+
+    content = rest[0]["content"]
+    offsets = tokenizer(content, add_special_tokens=False,
+                        return_offsets_mapping=True)["offset_mapping"]
+    if excess >= len(offsets):
+        return None
+    content = content[max(1, offsets[excess][0]):]
+    space = content.find(" ", 0, 30)                # begin with a whole word, where there is one
+    return [*system, {**rest[0], "content": content[space + 1:] or content}]
+
+
+# ---------------------------------------------------------------- the chat template
 
 def chat_string(tokenizer, messages, **kwargs):
-    """The chat template's text. A system turn that it refuses goes into the first user turn; the date is pinned."""
+    """The chat template's text. A system turn that it refuses or loses goes into the first user
+    turn; the date is pinned."""
     from jinja2.exceptions import TemplateError
-    template = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro +%}" + tokenizer.get_chat_template()
-    options = dict(tokenize=False, chat_template=template, date_string="26 Jul 2024", **kwargs)
-    folds = len(messages) > 1 and messages[0]["role"] == "system" and messages[1]["role"] == "user"
+    can_fold = [message["role"] for message in messages[:2]] == ["system", "user"]
     try:
-        text = tokenizer.apply_chat_template(messages, **options)
-        if not folds or messages[0]["content"].strip() in text:         # Mistral's loses it unless the last turn is the user's
-            return text
+        text = apply_template(tokenizer, messages, **kwargs)
     except TemplateError:
-        if not folds:
+        if not can_fold:
             raise
+    else:
+        # Mistral's loses it unless the last turn is the user's
+        if not can_fold or messages[0]["content"].strip() in text:
+            return text
     folded = {"role": "user", "content": messages[0]["content"] + "\n\n" + messages[1]["content"]}
-    return tokenizer.apply_chat_template([folded, *messages[2:]], **options)
+    return apply_template(tokenizer, [folded, *messages[2:]], **kwargs)
+
+
+def apply_template(tokenizer, messages, **kwargs):
+    """tokenizer.apply_chat_template as text, on a fixed day."""
+    pinned = "{% macro strftime_now(form) %}" + TODAY + "{% endmacro +%}"
+    return tokenizer.apply_chat_template(messages, tokenize=False,
+                                         chat_template=pinned + tokenizer.get_chat_template(),
+                                         date_string=TODAY, **kwargs)
 
 
 def takes_system_turn(tokenizer):
-    """Does the chat template have a system turn, or does its text come in front of the first user turn?"""
-    turn = lambda role, content: {"role": role, "content": content}
-    whole = [turn("system", "Be brief."), turn("user", "b"), turn("assistant", "c")]
-    return chat_string(tokenizer, whole) != chat_string(tokenizer, [turn("user", "Be brief.\n\nb"), whole[2]])
+    """Does the chat template have a system turn, or does its text come in front of the first user
+    turn?"""
+    answer = {"role": "assistant", "content": "c"}
+    apart = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "b"}, answer]
+    folded = [{"role": "user", "content": "Be brief.\n\nb"}, answer]
+    return chat_string(tokenizer, apart) != chat_string(tokenizer, folded)
 
 
 @functools.lru_cache(maxsize=8)
 def control_tokens(tokenizer):
     """The tokenizer's control tokens → (pattern that finds them in a text, set of their ids)."""
-    ids = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special} | set(tokenizer.all_special_ids)
-    names = sorted((n for n in tokenizer.convert_ids_to_tokens(sorted(ids)) if n.strip()), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, names)) or "(?!)"), ids
+    ids = set(tokenizer.all_special_ids)
+    ids |= {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    names = [name for name in tokenizer.convert_ids_to_tokens(sorted(ids)) if name.strip()]
+    names.sort(key=len, reverse=True)               # the longest first: one may begin with another
+    pattern = "|".join(re.escape(name) for name in names) or "(?!)"
+    return re.compile(pattern), ids
+
+
+def without_control_tokens(tokenizer, text):
+    """A control token typed into a text gets a space after its first character, so that it does not
+    act as one."""
+    pattern, _ = control_tokens(tokenizer)
+    return pattern.sub(lambda found: found[0][0] + " " + found[0][1:], text)
 
 
 def is_conversation(messages):
     """Is this list one of messages with role and content, at least one?"""
-    return bool(messages) and all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages)
+    def is_message(message):
+        return isinstance(message, dict) and isinstance(message.get("content"),
+                                                        str) and "role" in message
+    return bool(messages) and all(is_message(message) for message in messages)
 
 
-def render(tokenizer, prompt, response, max_length=None):
-    """Prompt (str or messages) + response → Text. The one path to token ids, for training and for scoring.
+# ---------------------------------------------------------------- many rendered texts
 
-    Equal to apply_chat_template(messages, add_generation_prompt=False): the template alone adds BOS. A control token
-    typed into a text gets a space after its first character, so that it does not act as one. Longer than max_length:
-    whole turns of the prompt are cut from the left, then its words; never the response (then: UserError).
-    """
-    if not isinstance(response, str) or not (isinstance(prompt, str) or isinstance(prompt, (list, tuple)) and is_conversation(prompt)):
-        raise TypeError("a prompt is a text or a list of {role, content}, a response is a text; these are "
-                        f"{type(prompt).__name__} and {type(response).__name__}")
-    pattern, _ = control_tokens(tokenizer)
-    clean = lambda text: pattern.sub(lambda m: m[0][0] + " " + m[0][1:], text)
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    turns = [{"role": clean(m["role"]), "content": clean(m["content"])} for m in turns]
-    response = clean(response)
-    while True:
-        text = render_turns(tokenizer, turns, response)
-        if not max_length or len(text.ids) <= max_length:
-            return text
-        turns = cut_prompt(tokenizer, turns, len(text.ids) - max_length)
-        if turns is None:
-            raise UserError(f"response longer than max length · {len(text.ids)} tokens, {max_length} allowed · shorten it, or run stage 1 "
-                            "with a larger --max-length")
+class RenderedTexts:
+    """Texts in order, written to a file without a name: each is rendered once, and a million of
+    them take no memory."""
 
+    def __init__(self):
+        self.file = tempfile.TemporaryFile()
+        self.place = 0              # where the next text to read begins
 
-def render_turns(tokenizer, turns, response):
-    """Messages + response → Text, with the place of the response found by rendering a marker in its stead."""
-    marker = "\ue000"
-    full = chat_string(tokenizer, [*turns, {"role": "assistant", "content": response}])
-    before, _, after = chat_string(tokenizer, [*turns, {"role": "assistant", "content": marker}]).rpartition(marker)
-    start = len(before) if full.startswith(before) else len(os.path.commonprefix([before, full]))
-    stop = len(full) - len(after) if after and full.endswith(after) else len(full)
-    enc = tokenizer(full, add_special_tokens=False, return_offsets_mapping=True)
-    ids, offsets = enc["input_ids"], enc["offset_mapping"]
-    inside = [i for i, (a, b) in enumerate(offsets) if a < stop and b > start]
-    first, last = (inside[0], inside[-1] + 1) if inside else (0, 0)
-    if not inside:                                   # an empty response: read the token before it
-        last = max(1, sum(1 for a, b in offsets if b <= start))
-        first = last - 1
-    _, special = control_tokens(tokenizer)
-    eot = next((i for i in range(last, len(ids)) if ids[i] in special), len(ids) - 1)
-    return Text(ids, first, last, eot)
+    def extend(self, texts):
+        """Append some texts."""
+        self.file.seek(0, os.SEEK_END)
+        for text in texts:
+            record = np.array([len(text.ids), text.first, text.last, text.eot, *text.ids],
+                              dtype=np.int32)
+            self.file.write(record.tobytes())
 
-
-def cut_prompt(tokenizer, turns, excess):
-    """Drop the oldest exchange, or the first `excess` tokens of a lone prompt; None when nothing is left to cut."""
-    head = turns[:1] if turns[0]["role"] == "system" else []
-    rest = turns[len(head):]
-    if not rest:
-        return None
-    if len(rest) > 2:
-        return head + rest[2:]
-    if len(rest) == 2:
-        return head + rest[1:] if rest[1]["role"] == "user" else None
-    content = rest[0]["content"]
-    offsets = tokenizer(content, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    if excess >= len(offsets):
-        return None
-    content = content[max(1, offsets[excess][0]):]
-    space = content.find(" ", 0, 30)                # begin with a whole word, where there is one
-    return [*head, {**rest[0], "content": content[space + 1:] or content}]
+    def take(self, count):
+        """→ the next `count` texts, list of Text."""
+        self.file.seek(self.place)
+        texts = []
+        for _ in range(count):
+            length, first, last, eot = np.frombuffer(self.file.read(16), np.int32).tolist()
+            ids = np.frombuffer(self.file.read(4 * length), np.int32).tolist()
+            texts.append(Text(ids, first, last, eot))
+        self.place = self.file.tell()
+        return texts

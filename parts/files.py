@@ -1,6 +1,7 @@
 """Files between the stages: whole or absent, with their lineage; and errors of one line.
 
-A stage file is safetensors with one metadata key, `sparserm`: sorted JSON with the settings and the SHA-256 of what it was made from.
+A stage file is safetensors with one metadata key, `sparserm`: sorted JSON with the settings and the
+SHA-256 of what it was made from.
 """
 
 import contextlib
@@ -23,14 +24,16 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def moved_into_place(path):
-    """Gives a temporary path; what was written there replaces `path` at the end. A kill leaves the old file or the new."""
+    """Gives a temporary path, moved to `path` at the end: a kill leaves the old file or the new."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")       # a process id would not do: two containers may share it
+    # a process id would not do: two containers may share it
+    part = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
     try:
         with named_in_errors(path):
             part.touch()
-            mode = part.stat().st_mode          # safetensors would leave a file that only its owner can read
+            # safetensors would leave a file that only its owner can read
+            mode = part.stat().st_mode
             yield part
             part.chmod(mode)
             os.replace(part, path)
@@ -47,7 +50,8 @@ def named_in_errors(path):
         error.filename = error.filename or str(path)
         raise
     except SafetensorError as error:
-        raise UserError(f"cannot be written ({error}) · {path} · check the rights and the free space") from None
+        raise UserError(f"cannot be written ({error}) · {path} · check the rights and the free "
+                        "space") from None
 
 
 def save_stage(path, tensors, meta):
@@ -58,14 +62,16 @@ def save_stage(path, tensors, meta):
 
 
 def read_meta(path, made_by="an earlier stage", stage=None):
-    """The settings and parents recorded in a stage file → dict. `stage`: which stage it must be of."""
+    """The settings and parents recorded in a stage file, of stage `stage` if given → dict."""
     try:
         with safe_open(path, "pt") as file:
             meta = dict(json.loads((file.metadata() or {})["sparserm"]))
     except FileNotFoundError:
-        raise UserError(f"file not found · {path} · run {made_by} first, or name the right folder or file") from None
+        raise UserError(f"file not found · {path} · run {made_by} first, or name the right folder "
+                        "or file") from None
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"not a complete stage file · {path} · delete it and run {made_by} again") from None
+        raise UserError(f"not a complete stage file · {path} · delete it and run {made_by} "
+                        "again") from None
     if stage and meta.get("stage") != stage:
         raise UserError(f"not a file of stage {made_by[1]} · {path} · run {made_by} again")
     return meta
@@ -92,14 +98,16 @@ def check_finite(table, where):
     for side in ("chosen", "rejected"):
         bad = (~table[side].isfinite()).any(1).nonzero().flatten()
         if len(bad):
-            raise UserError(f"NaN or Inf in {side}, line {int(table['pair'][bad[0]]) + 1} of pairs.jsonl · {where} · "
+            raise UserError(f"NaN or Inf in {side}, line {int(table['pair'][bad[0]]) + 1} of "
+                            f"pairs.jsonl · {where} · "
                             "delete it, and run the stage that made it again")
 
 
 def write_text(path, text):
     """Write a text file."""
     with moved_into_place(path) as part:
-        part.write_text(text, encoding="utf-8", errors="backslashreplace")     # half of a UTF-16 pair stays a JSON escape
+        # half of a UTF-16 pair stays a JSON escape
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_rows(path, rows):
@@ -121,29 +129,42 @@ def hash_once(path, *state):
 
 
 def run_main(main, *errors):
-    """Call main(); what the user can mend becomes one line and exit code 2 (--debug: the traceback)."""
-    stopped, before = [], signal.getsignal(signal.SIGINT)
+    """Call main(); an error becomes one line and exit code 2 (--debug: the traceback)."""
+    stopped = []
+    before = signal.getsignal(signal.SIGINT)
 
-    def stop(*_):           # torch and others may make another exception of KeyboardInterrupt: it is remembered here
+    def stop(*_):           # torch and others may make another exception of KeyboardInterrupt
         stopped.append(True)
         raise KeyboardInterrupt
-    if before is signal.default_int_handler:            # else it is ignored (nohup), or the caller's
+
+    ours = before is signal.default_int_handler     # else it is ignored (nohup), or the caller's
+    if ours:
         signal.signal(signal.SIGINT, stop)
     try:
         main()
     except (Exception, KeyboardInterrupt) as error:
         if stopped or isinstance(error, KeyboardInterrupt):
-            sys.exit(print("\nstopped · finished files are kept · the same command goes on from there", file=sys.stderr) or 130)
+            print("\nstopped · finished files are kept · the same command goes on from there",
+                  file=sys.stderr)
+            sys.exit(130)
         if "--debug" in sys.argv:
             raise
-        text = str(error)
-        if isinstance(error, OSError):
-            text = f"{error.strerror or error} · {error.filename or 'input or output'} · check the path, the rights and the free space"
-        elif not isinstance(error, (UserError, *errors)):           # damage that no check names, or a fault of ours
-            line = traceback.extract_tb(error.__traceback__)[-1]
-            text = f"unexpected {type(error).__name__}: {error} · {Path(line.filename).name}, line {line.lineno} · " \
-                   "a file of the run may be damaged: make it again; --debug shows more"
-        sys.exit(print("error: " + " ".join(text.split()), file=sys.stderr) or 2)
+        one_line = " ".join(message_of(error, errors).split())
+        print(f"error: {one_line}", file=sys.stderr)
+        sys.exit(2)
     finally:
-        if before is signal.default_int_handler:
+        if ours:
             signal.signal(signal.SIGINT, before)
+
+
+def message_of(error, errors):
+    """What went wrong, where, and what to do → str. errors: the types whose text says so itself."""
+    if isinstance(error, (UserError, *errors)):
+        return str(error)
+    if isinstance(error, OSError):
+        return (f"{error.strerror or error} · {error.filename or 'input or output'} · "
+                "check the path, the rights and the free space")
+    line = traceback.extract_tb(error.__traceback__)[-1]  # no check names it, or a fault of ours
+    return (f"unexpected {type(error).__name__}: {error} · {Path(line.filename).name}, line "
+            f"{line.lineno} · "
+            "a file of the run may be damaged: make it again; --debug shows more")

@@ -1,4 +1,5 @@
-"""Stage 5: sampling against softmax and generate, the curve against all subsets, files against the reward model."""
+"""Stage 5: sampling against softmax and generate, the curve against all subsets, files against the
+reward model."""
 
 import importlib
 import itertools
@@ -15,173 +16,352 @@ from hypothesis import strategies as st
 from tiny import assert_one_line_error, command, save_rows
 
 from parts import report
+from parts.chat import prompt_ids
+from parts.sampled import score_sampled
 
-stage1, stage3, stage5 = (importlib.import_module(n) for n in ("01_extract", "03_train_head", "05_best_of_n"))
-PROMPTS = ["Is water wet?", "Which colour has the sky on a clear day?", [{"role": "user", "content": "One two three?"}]]
+stage1 = importlib.import_module("01_extract")
+stage3 = importlib.import_module("03_train_head")
+stage5 = importlib.import_module("05_best_of_n")
+PROMPTS = [
+    "Is water wet?",
+    "Which colour has the sky on a clear day?",
+    [{"role": "user", "content": "One two three?"}],
+]
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma2", "gpt2"])
-def policy(request, tmp_path_factory):
-    """Output weights of its own: a random Gemma would say the prompt's last token for ever."""
-    folder = tmp_path_factory.mktemp("policy") / request.param
-    return stage1.load_backbone(tiny.save_model(folder, request.param, tie_word_embeddings=False))
-
-
-# ---------------------------------------------------------------- sampling
+# ---------------------------------------------------------------- drawing a token
 
 def frequencies(logits, temperature=1.0, top_p=1.0, n=20_000):
     """How often draw() takes each token when the uniform numbers lie evenly."""
     uniform = (torch.arange(n) + 0.5) / n
-    return torch.bincount(stage5.draw(torch.tensor(logits).expand(n, -1), uniform, temperature, top_p), minlength=len(logits)) / n
+    tokens = stage5.draw(torch.tensor(logits).expand(n, -1), uniform, temperature, top_p)
+    return (torch.bincount(tokens, minlength=len(logits)) / n).tolist()
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_draws_are_as_frequent_as_softmax_says(temperature):
     logits = [0.3, -1.0, 2.0, 0.3, -30.0]
     weights = [math.exp(x / temperature) for x in logits]
-    assert frequencies(logits, temperature).tolist() == pytest.approx([w / sum(weights) for w in weights], abs=2e-4)
+    softmax = [weight / sum(weights) for weight in weights]
+    assert frequencies(logits, temperature) == pytest.approx(softmax, abs=2e-4)
 
 
-@pytest.mark.parametrize("top_p", [0.01, 0.3, 0.6, 0.9, 0.999])
+P = [0.05, 0.4, 0.15, 0.3, 0.1]
+NUCLEUS = {                             # top_p → the smallest set of P that has this mass
+    0.01: [1],
+    0.3: [1],
+    0.6: [1, 3],
+    0.9: [1, 3, 2, 4],
+    0.999: [1, 3, 2, 4, 0],
+}
+
+
+@pytest.mark.parametrize("top_p", NUCLEUS)
 def test_top_p_keeps_the_smallest_set_of_that_mass(top_p):
-    p = [0.05, 0.4, 0.15, 0.3, 0.1]
-    kept, mass = [], 0.0
-    for i in sorted(range(5), key=lambda i: -p[i]):
-        if mass < top_p:
-            kept, mass = [*kept, i], mass + p[i]
-    expected = [p[i] / mass if i in kept else 0 for i in range(5)]
-    assert frequencies([math.log(x) for x in p], top_p=top_p).tolist() == pytest.approx(expected, abs=2e-4)
-    ends = stage5.draw(torch.tensor(p).log().expand(2, -1), torch.tensor([0.0, 1 - 2**-24]), 1.0, top_p)
-    assert ends.tolist() == [kept[0], kept[-1]]              # the first and the last number that torch.rand can give
+    kept = NUCLEUS[top_p]
+    mass = sum(P[token] for token in kept)
+    expected = [P[token] / mass if token in kept else 0 for token in range(5)]
+    logits = [math.log(p) for p in P]
+    assert frequencies(logits, top_p=top_p) == pytest.approx(expected, abs=2e-4)
 
 
-def test_four_equal_tokens_and_top_p_a_half_keep_two_and_temperature_0_takes_the_largest():
-    assert frequencies([0.0] * 4, top_p=0.5).tolist() == pytest.approx([0.5, 0.5, 0, 0])
-    assert frequencies([0.1, 0.3, 0.2], temperature=0).tolist() == [0, 1, 0]
+@pytest.mark.parametrize("top_p", NUCLEUS)
+def test_the_ends_of_the_uniform_numbers_draw_the_ends_of_the_nucleus(top_p):
+    ends_of_rand = torch.tensor([0.0, 1 - 2**-24])
+    found = stage5.draw(torch.tensor(P).log().expand(2, -1), ends_of_rand, 1.0, top_p)
+    assert found.tolist() == [NUCLEUS[top_p][0], NUCLEUS[top_p][-1]]
 
 
-def test_greedy_candidates_are_what_generate_gives(policy):
-    for prompt in PROMPTS:
-        ids = torch.tensor([stage5.prompt_ids(policy.tokenizer, prompt)])
-        out = policy.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24, pad_token_id=0,
-                                    eos_token_id=sorted(stage5.stop_ids(policy)))
-        expected = policy.tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True).strip()
-        assert len(expected) > 20
-        assert stage5.sample_candidates(policy, prompt, 3, temperature=0, max_new_tokens=24)[0] == [expected] * 3
+def test_of_four_equal_tokens_top_p_a_half_keeps_two():
+    assert frequencies([0.0] * 4, top_p=0.5) == pytest.approx([0.5, 0.5, 0, 0])
 
 
-def test_a_candidate_depends_on_its_number_and_the_seed_alone(policy):
-    sampled = lambda n, seed=0: stage5.sample_candidates(policy, PROMPTS[1], n, temperature=0.7, max_new_tokens=16, seed=seed)[0]
-    four = sampled(4)
-    assert sampled(2) == four[:2] and sampled(4) == four and len(set(four)) == 4 and not set(sampled(4, seed=1)) & set(four)
+def test_temperature_0_takes_the_largest():
+    assert frequencies([0.1, 0.3, 0.2], temperature=0) == [0, 1, 0]
 
 
-def test_every_candidate_prompt_and_seed_has_its_own_uniform_numbers(backbone_of, monkeypatch):
+# ---------------------------------------------------------------- sampling
+
+@pytest.fixture(scope="module", params=["llama", "gemma2", "gpt2"])
+def policy(request, tmp_path_factory):
+    """Output weights of its own: a random Gemma would say the prompt's last token for ever."""
+    folder = tmp_path_factory.mktemp("policy") / request.param
+    model = tiny.save_model(folder, request.param, tie_word_embeddings=False)
+    return stage1.load_backbone(model)
+
+
+def sampled_texts(*args, **settings):
+    """The answers of sample_candidates alone."""
+    texts, _ = stage5.sample_candidates(*args, **settings)
+    return texts
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=["first", "second", "messages"])
+def test_greedy_candidates_are_what_generate_gives(prompt, policy):
+    ids = torch.tensor([prompt_ids(policy.tokenizer, prompt)])
+    stop = sorted(stage5.stop_ids(policy))
+    out = policy.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                                max_new_tokens=24, pad_token_id=0, eos_token_id=stop)
+    answer = policy.tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True).strip()
+    assert len(answer) > 20
+    found = sampled_texts(policy, prompt, 3, temperature=0, max_new_tokens=24)
+    assert found == [answer] * 3
+
+
+SETTINGS = {"temperature": 0.7, "max_new_tokens": 16}
+
+
+def test_the_same_seed_samples_the_same_candidates(policy):
+    four = sampled_texts(policy, PROMPTS[1], 4, **SETTINGS)
+    assert sampled_texts(policy, PROMPTS[1], 4, **SETTINGS) == four
+
+
+def test_a_candidate_does_not_depend_on_how_many_there_are(policy):
+    four = sampled_texts(policy, PROMPTS[1], 4, **SETTINGS)
+    assert sampled_texts(policy, PROMPTS[1], 2, **SETTINGS) == four[:2]
+
+
+def test_candidates_and_seeds_differ(policy):
+    of_two_seeds = [sampled_texts(policy, PROMPTS[1], 4, **SETTINGS, seed=seed) for seed in (0, 1)]
+    assert len({text for four in of_two_seeds for text in four}) == 8
+
+
+def test_every_candidate_prompt_and_seed_has_its_own_uniform_numbers():
+    some = [stage5.uniform_numbers(prompt, 200, 2, seed)
+            for prompt in PROMPTS[:2] for seed in (0, 1)]
+    u = torch.cat(some).flatten()
+    assert len(u.unique()) > 1595                               # of 1600
+    assert abs(u.mean() - 0.5) < 0.03
+    assert (u[1:] - u[:-1]).abs().mean() > 0.3                  # 1/3 where they are independent
+
+
+def test_the_uniform_numbers_of_sampling_are_those_of_each_step(backbone_of, monkeypatch):
     seen = []
-    monkeypatch.setattr(stage5, "draw", lambda logits, uniform, *_: seen.append(uniform) or torch.full(uniform.shape, 9))
-    for prompt, seed in itertools.product(PROMPTS[:2], (0, 1)):
-        stage5.sample_candidates(backbone_of("llama"), prompt, 200, max_new_tokens=2, seed=seed)
-    u = torch.cat(seen)                                     # 2 prompts · 2 seeds · 2 steps · 200 candidates
-    assert len(u.unique()) > 1595 and abs(u.mean() - 0.5) < 0.03 and abs(u[1:] - u[:-1]).mean() > 0.3
+
+    def noted(logits, uniform, *_):
+        seen.append(uniform)
+        return torch.full(uniform.shape, 9)
+    monkeypatch.setattr(stage5, "draw", noted)
+    stage5.sample_candidates(backbone_of("llama"), PROMPTS[0], 5, max_new_tokens=3, seed=4)
+    expected = stage5.uniform_numbers(PROMPTS[0], 5, 3, 4)
+    assert torch.equal(torch.stack(seen, 1), expected)
+
+
+def sampling_says(monkeypatch, steps):
+    """Let draw() give these tokens, a list a step."""
+    left = iter(steps)
+
+    def drawn(*_):
+        return torch.tensor(next(left))
+    monkeypatch.setattr(stage5, "draw", drawn)
+    return left
 
 
 def test_an_answer_ends_at_the_mark_that_closes_a_turn(backbone_of, monkeypatch):
     backbone = backbone_of("llama")
     end = backbone.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    script = iter([[40, 41], [end, 42], [43, 44], [45, backbone.tokenizer.eos_token_id], [46, 47]])
-    monkeypatch.setattr(stage5, "draw", lambda *_: torch.tensor(next(script)))
+    eos = backbone.tokenizer.eos_token_id
+    steps = [[40, 41], [end, 42], [43, 44], [45, eos], [46, 47]]
+    left = sampling_says(monkeypatch, steps)
     expected = [backbone.tokenizer.decode(ids).strip() for ids in ([40], [41, 42, 44])]
-    assert stage5.sample_candidates(backbone, "a", 2, max_new_tokens=9)[0] == expected and next(script) == [46, 47]
+    assert sampled_texts(backbone, "a", 2, max_new_tokens=9) == expected
+    assert next(left) == [46, 47]                   # nothing is sampled once all have ended
 
 
-def head_on(backbone, token, layer=1):
-    """A RewardModel with a random linear head."""
+# ---------------------------------------------------------------- scored while sampling
+
+def head_on(backbone, token):
+    """A RewardModel with a random linear head on block 1."""
     g = torch.Generator().manual_seed(1)
-    tensors = {"directions": torch.randn(6, tiny.WIDTH, generator=g), "mean": torch.zeros(6), "std": torch.ones(6),
-               "w1": torch.randn(6, generator=g), "b1": torch.zeros(1), "temperature": torch.ones(1)}
-    return stage3.RewardModel(tensors, {"layer": layer, "token": token, "max_length": 256}, backbone)
+    tensors = {
+        "directions": torch.randn(6, tiny.WIDTH, generator=g), "mean": torch.zeros(6),
+        "std": torch.ones(6), "w1": torch.randn(6, generator=g), "b1": torch.zeros(1),
+        "temperature": torch.ones(1),
+    }
+    return stage3.RewardModel(tensors, {"layer": 1, "token": token, "max_length": 256}, backbone)
 
 
-ANSWERS = ["It is.", "It is blue, surely not green.", "", "Yes", "One two three four five six seven eight nine ten."]
+ANSWERS = ["It is.", "It is blue, surely not green.", "", "Yes",
+           "One two three four five six seven eight nine ten.",
+           "Is"]            # said as I, s: its text is one token
+ONCE = {"empty": 1, "tokenised anew it differs": 1}
+WINDOW = {"a sliding window evicts keys": 6}
+READ_OFF = [
+    ("llama", "last", ONCE), ("llama", "eot", ONCE), ("llama", "content", ONCE),
+    ("llama", "mean", {"token rule mean": 6}), ("gpt2", "last", ONCE), ("gpt_neox", "last", ONCE),
+    ("phi", "content", ONCE), ("gemma2", "last", WINDOW), ("mistral", "last", WINDOW),
+]
+
+
+def steps_that_say_the_answers(tokenizer):
+    """ANSWERS as the tokens of each step of sampling; the longest is cut before its end mark."""
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    said = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ANSWERS[:-1]]
+    said.append(tokenizer.convert_tokens_to_ids(list(ANSWERS[-1])))
+    length = max(map(len, said))
+    padded = [ids + [end] * (length - len(ids)) for ids in said]
+    return [list(step) for step in zip(*padded)]
 
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=["first", "second", "messages"])
-@pytest.mark.parametrize("family, token", [("llama", "last"), ("llama", "eot"), ("llama", "content"), ("llama", "mean"), ("gpt2", "last"),
-                                           ("gpt_neox", "last"), ("phi", "content"), ("gemma2", "last"), ("mistral", "last")])
-def test_rewards_read_off_the_sampling_are_those_of_a_pass_of_its_own(family, token, prompt, backbone_of, monkeypatch):
-    """Answers of different lengths: one empty, one cut off by max_new_tokens, one whose tokens are not those of its text."""
+@pytest.mark.parametrize("family, token, ordinary", READ_OFF)
+def test_rewards_read_off_the_sampling_are_those_of_a_pass_of_its_own(
+        family, token, ordinary, prompt, backbone_of, monkeypatch):
     backbone = backbone_of(family)
-    reward, end = head_on(backbone, token), backbone.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    said = [backbone.tokenizer(text, add_special_tokens=False)["input_ids"] + [end] for text in ANSWERS]
-    said.append([backbone.tokenizer.convert_tokens_to_ids(c) for c in "Is"] + [end])            # I, s: its text is one token
-    steps = max(map(len, said)) - 1                                     # the longest is cut before its end mark
-    script = iter([[(ids + [end] * steps)[i] for ids in said] for i in range(steps)])
-    monkeypatch.setattr(stage5, "draw", lambda *_: torch.tensor(next(script)))
-    texts, sampled = stage5.sample_candidates(backbone, prompt, len(said), max_new_tokens=steps)
-    assert texts == [*ANSWERS, "Is"]
-    scores, reasons = stage5.score_sampled(reward, prompt, texts, sampled)
-    own = reward.score([prompt] * len(texts), texts)
-    assert scores == pytest.approx(own, abs=1e-4 * torch.tensor(own).std().item() + 1e-5)
-    ordinary = {"mean": {"token rule mean": 6}}.get(token) or (
-        {"a sliding window evicts keys": 6} if family in ("gemma2", "mistral") else {"empty": 1, "tokenised anew it differs": 1})
+    reward = head_on(backbone, token)
+    steps = steps_that_say_the_answers(backbone.tokenizer)
+    sampling_says(monkeypatch, steps)
+    texts, sampled = stage5.sample_candidates(backbone, prompt, 6, max_new_tokens=len(steps))
+    assert texts == ANSWERS
+
+    scores, reasons = score_sampled(reward, prompt, texts, sampled)
+    own = reward.score([prompt] * 6, texts)
+    spread = float(torch.tensor(own).std())
+    assert scores == pytest.approx(own, abs=1e-4 * spread + 1e-5)
     assert reasons == ordinary
 
 
 # ---------------------------------------------------------------- the curve
 
-@given(st.lists(st.tuples(st.integers(0, 4), st.integers(-3, 3)), min_size=1, max_size=8))
+def best_of_all_subsets(rows, m):
+    """Mean value of the best-scored of each subset of m rows (score, value); ties: any of them."""
+    found = []
+    for some in itertools.combinations(rows, m):
+        highest = max(score for score, _ in some)
+        winners = [value for score, value in some if score == highest]
+        found.append(sum(winners) / len(winners))
+    return sum(found) / len(found)
+
+
+ROWS = st.lists(st.tuples(st.integers(0, 4), st.integers(-3, 3)), min_size=1, max_size=8)
+
+
+@given(ROWS)
 def test_the_curve_is_the_average_over_all_subsets(rows):
     scores, values = zip(*rows)
     curve = stage5.best_of_curve(scores, values)
-    assert set(curve) == {m for m in (1, 2, 4, 8) if m <= len(rows)} | {len(rows)}
-    for m, found in curve.items():
-        winners = [[v for s, v in some if s == max(some)[0]] for some in itertools.combinations(rows, m)]       # ties: any of them
-        assert found == pytest.approx(sum(sum(w) / len(w) for w in winners) / len(winners))
+    expected = {m: best_of_all_subsets(rows, m) for m in {1, 2, 4, 8, len(rows)} if m <= len(rows)}
+    assert curve == pytest.approx(expected)
 
 
-def test_choosing_one_of_one_costs_nothing_and_of_four_at_most_0_636_nats():
-    assert stage5.kl_bound(1) == 0 and stage5.kl_bound(4) == pytest.approx(1.386294 - 0.75, abs=1e-6)
+@pytest.mark.parametrize("m, nats", [(1, 0), (4, 1.386294 - 0.75)])
+def test_the_kl_bound_is_log_m_less_m_minus_1_over_m(m, nats):
+    assert stage5.kl_bound(m) == pytest.approx(nats, abs=1e-6)
 
 
-def test_the_oracle_is_never_below_the_reward_and_each_m_counts_the_prompts_with_as_many_candidates():
-    rng = torch.Generator().manual_seed(0)
-    rows = [{"scores": torch.rand(n, generator=rng).tolist(), "labels": torch.randint(2, (n,), generator=rng).tolist()}
-            for n in (6,) * 9 + (3,)]
-    found = stage5.curve_of(rows)
-    assert found["prompts"] == 10 and found["n"] == 6 and {m: c["prompts"] for m, c in found["curve"].items()} == {1: 10, 2: 10, 4: 9, 6: 9}
-    assert all(c["oracle"] >= c["label"] for c in found["curve"].values())
-    first, last = found["curve"][1], found["curve"][6]
-    assert first["label"] == pytest.approx(first["oracle"]) == pytest.approx(sum(sum(r["labels"]) / len(r["labels"]) for r in rows) / 10)
+def labelled_rows():
+    """Nine prompts with six candidates and one with three."""
+    g = torch.Generator().manual_seed(0)
+    rows = []
+    for n in (6,) * 9 + (3,):
+        scores = torch.rand(n, generator=g).tolist()
+        labels = torch.randint(2, (n,), generator=g).tolist()
+        rows.append({"scores": scores, "labels": labels})
+    return rows
+
+
+def label_of_best(row):
+    """The label of the highest score."""
+    return row["labels"][row["scores"].index(max(row["scores"]))]
+
+
+def test_each_m_counts_the_prompts_with_as_many_candidates():
+    found = stage5.curve_of(labelled_rows())
+    assert found["prompts"] == 10 and found["n"] == 6
+    assert {m: at["prompts"] for m, at in found["curve"].items()} == {1: 10, 2: 10, 4: 9, 6: 9}
+
+
+def test_the_oracle_is_never_below_the_reward():
+    curve = stage5.curve_of(labelled_rows())["curve"]
+    assert all(at["oracle"] >= at["label"] for at in curve.values())
+
+
+def test_the_best_of_one_is_a_random_pick():
+    rows = labelled_rows()
+    first = stage5.curve_of(rows)["curve"][1]
+    mean = sum(sum(row["labels"]) / len(row["labels"]) for row in rows) / 10
+    assert first["label"] == pytest.approx(mean)
+    assert first["oracle"] == pytest.approx(mean)
+
+
+def test_the_best_of_all_is_the_label_of_the_highest_score():
+    rows = labelled_rows()
+    last = stage5.curve_of(rows)["curve"][6]
+    assert last["label"] == pytest.approx(sum(map(label_of_best, rows[:9])) / 9)
+
+
+def test_the_top_ranked_and_a_random_pick_count_every_prompt():
+    rows = labelled_rows()
     top, random_pick = stage5.top_of(rows)
-    assert random_pick == pytest.approx(first["label"])
-    assert top == pytest.approx(sum(r["labels"][r["scores"].index(max(r["scores"]))] for r in rows) / 10)
-    assert last["label"] == pytest.approx(sum(r["labels"][r["scores"].index(max(r["scores"]))] for r in rows[:9]) / 9)
-    assert "label" not in stage5.curve_of([{"scores": [1.0]}])["curve"][1]
+    assert top == pytest.approx(sum(map(label_of_best, rows)) / 10)
+    assert random_pick == pytest.approx(stage5.curve_of(rows)["curve"][1]["label"])
+
+
+def test_a_curve_without_labels_has_the_reward_alone():
+    [found] = stage5.curve_of([{"scores": [1.0]}])["curve"].values()
+    assert found == {"prompts": 1, "reward": 1.0, "kl_bound": 0.0}
+
+
+LABELLED = {"scores": [0.5, -1, 2, 0], "labels": [1, 0, 0, 1]}
+
+
+def lines_drawn(row):
+    """The picture of a single prompt → (its curve, the heights of each line drawn)."""
+    axes = pytest.importorskip("matplotlib.figure").Figure().subplots()
+    curve = stage5.curve_of([row])["curve"]
+    report.best_of_plot(axes, curve)
+    return curve, [list(line.get_ydata()) for line in axes.get_lines()]
+
+
+def test_the_picture_shows_label_oracle_and_random_pick():
+    curve, drawn = lines_drawn(LABELLED)
+    label, oracle = ([at[name] for at in curve.values()] for name in ("label", "oracle"))
+    assert drawn == [label, oracle, [0.5, 0.5]]
+
+
+def test_the_picture_without_labels_shows_the_reward():
+    curve, drawn = lines_drawn({"scores": LABELLED["scores"]})
+    assert drawn == [[at["reward"] for at in curve.values()]]
 
 
 # ---------------------------------------------------------------- the commands
 
 @pytest.fixture
 def at(finished, tmp_path):
-    """Paths: head (of the finished run), out, dropped, and a file to fill."""
-    return SimpleNamespace(head=finished / "reward_head.safetensors", out=tmp_path / "out.jsonl", curve=tmp_path / "out.curve.json",
-                           dropped=tmp_path / "out.dropped.jsonl", part=tmp_path / "out.jsonl.part", file=tmp_path / "rows.jsonl")
+    """Paths: head (of the finished run), out and what lies beside it, and a file to fill."""
+    return SimpleNamespace(
+        head=finished / "reward_head.safetensors",
+        file=tmp_path / "rows.jsonl",
+        out=tmp_path / "out.jsonl",
+        curve=tmp_path / "out.curve.json",
+        dropped=tmp_path / "out.dropped.jsonl",
+        part=tmp_path / "out.jsonl.part",
+    )
 
 
 @pytest.fixture(scope="module")
 def reward(finished):
+    """The RewardModel of the finished run."""
     return stage3.RewardModel.load(finished / "reward_head.safetensors")
 
 
 def read(path):
-    return [json.loads(line) for line in open(path, encoding="utf-8")]
+    """The rows of a JSONL file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+COMMANDS = {
+    "sample": ["sample", "--prompts"],
+    "rank": ["rank", "--candidates"],
+    "pairs": ["pairs", "--candidates"],
+    "filter": ["pairs", "--filter"],
+}
 
 
 def call(at, name, rows, *args):
-    """A command of stage 5 on a file of rows → exit code, stdout, stderr."""
-    flag = {"sample": "--prompts", "rank": "--candidates", "pairs": "--candidates", "filter": "--filter"}[name]
-    arguments = "pairs" if name == "filter" else name, flag, save_rows(at.file, rows), "--reward", at.head, "--out", at.out
-    return command("05_best_of_n", *arguments, *args)
+    """A command of stage 5 on a file of rows → (exit code, stdout, stderr)."""
+    words = [*COMMANDS[name], save_rows(at.file, rows), "--reward", at.head, "--out", at.out]
+    return command("05_best_of_n", *words, *args)
 
 
 def done(at, *args):
@@ -191,166 +371,361 @@ def done(at, *args):
     return read(at.out)
 
 
+# ---------------------------------------------------------------- sample
+
 SHORT = ["--n", 3, "--max-new-tokens", 8]
 
 
-def test_sample_scores_n_candidates_a_prompt_and_names_the_best(at, reward, folder_of):
-    for policy in ([], ["--policy", folder_of("gpt2")]):
-        rows = done(at, "sample", [{"prompt": p} for p in [*PROMPTS, PROMPTS[0]]], *SHORT, *policy)
-        assert [r["prompt"] for r in rows] == PROMPTS and rows[0]["policy"] == (policy or ["", reward.meta["model"]])[1]
-        for row in rows:
-            assert row["scores"] == pytest.approx(reward.score([row["prompt"]] * 3, row["candidates"]), abs=1e-4)
-            assert row["best"] == row["candidates"][max(range(3), key=row["scores"].__getitem__)]
-            assert row["settings"] == {"n": 3, "temperature": 1.0, "top_p": 0.95, "max_new_tokens": 8, "seed": 0}
-        curve = json.loads(at.curve.read_text())["curve"]
-        assert curve["3"]["reward"] == pytest.approx(sum(max(r["scores"]) for r in rows) / 3)
+@pytest.mark.parametrize("family", ["the backbone", "gpt2"])
+def test_sample_scores_n_candidates_a_prompt_and_names_the_best(family, at, reward, folder_of):
+    other = [] if family == "the backbone" else ["--policy", folder_of(family)]
+    rows = done(at, "sample", [{"prompt": prompt} for prompt in PROMPTS], *SHORT, *other)
+    assert [row["prompt"] for row in rows] == PROMPTS
+    for row in rows:
+        scores = reward.score([row["prompt"]] * 3, row["candidates"])
+        assert row["scores"] == pytest.approx(scores, abs=1e-4)
+        assert row["best"] == row["candidates"][row["scores"].index(max(row["scores"]))]
+
+
+def test_sample_says_what_each_row_was_made_with(at, reward):
+    [row] = done(at, "sample", [{"prompt": "a"}], *SHORT)
+    assert row["policy"] == reward.meta["model"]
+    assert row["reward"] == stage1.file_hash(at.head)
+    assert row["settings"] == {
+        "n": 3, "temperature": 1.0, "top_p": 0.95, "max_new_tokens": 8, "seed": 0}
+
+
+def test_a_prompt_that_stands_twice_is_sampled_once(at):
+    rows = done(at, "sample", [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "a"}], *SHORT)
+    assert [row["prompt"] for row in rows] == ["a", "b"]
+
+
+def test_the_curve_of_sample_ends_at_the_mean_of_the_best_rewards(at):
+    rows = done(at, "sample", [{"prompt": "a"}, {"prompt": "b"}], *SHORT)
+    curve = json.loads(at.curve.read_text())["curve"]
+    assert curve["3"]["reward"] == pytest.approx(sum(max(row["scores"]) for row in rows) / 2)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The prompts that sample_candidates was asked for, one after the other."""
+    asked = []
+    real = stage5.sample_candidates
+
+    def noted(policy, prompt, **settings):
+        asked.append(prompt)
+        return real(policy, prompt, **settings)
+    monkeypatch.setattr(stage5, "sample_candidates", noted)
+    return asked
+
+
+CASES = [f"Is water wet, case {n} – now?" for n in range(4)]
+
+
+def sample_here(at, *args):
+    """The sample command within this module, where `counted` sees it."""
+    rows = save_rows(at.file, [{"prompt": prompt} for prompt in CASES])
+    paths = "--prompts", rows, "--reward", at.head, "--out", at.out
+    with tiny.argv("sample", *paths, *SHORT, *args):
+        stage5.main()
 
 
 @pytest.mark.parametrize("cut", ['"candidates"', "–"], ids=["between values", "within a character"])
-def test_a_killed_sample_run_goes_on_and_ends_with_the_same_file(cut, at, monkeypatch):
-    prompts = [{"prompt": f"{p}, case {i} – now?"} for i, p in enumerate(PROMPTS[:2] * 2)]
-    done(at, "sample", prompts, *SHORT)
+def test_a_killed_sample_run_goes_on_and_ends_with_the_same_file(cut, at, counted):
+    sample_here(at)
     whole, curve = at.out.read_bytes(), at.curve.read_bytes()
-    lines = whole.splitlines(keepends=True)
-    at.part.write_bytes(b"".join(lines[:2]) + lines[2][:lines[2].index(cut.encode()) + 1])
-    at.out.unlink(), at.curve.unlink()
-    sampled, sample = [], stage5.sample_candidates
-    monkeypatch.setattr(stage5, "sample_candidates", lambda policy, prompt, **kw: sampled.append(prompt) or sample(policy, prompt, **kw))
-    again = ("sample", "--prompts", at.file, "--reward", at.head, "--out", at.out, *SHORT)
-    for expected in ([p["prompt"] for p in prompts[2:]], []):          # the second time, all is there
-        with tiny.argv(*again):
-            stage5.main()
-        assert sampled == expected and at.out.read_bytes() == whole and at.curve.read_bytes() == curve and not at.part.exists()
-        sampled.clear()
-    with tiny.argv(*again, "--seed", 1):
-        stage5.main()
-    assert len(sampled) == 4 and at.out.read_bytes() != whole
+    first, second, third, _ = whole.splitlines(keepends=True)
+    at.part.write_bytes(first + second + third[:third.index(cut.encode()) + 1])
+    at.out.unlink()
+    at.curve.unlink()
+    counted.clear()
+
+    sample_here(at)
+    assert counted == CASES[2:]
+    assert at.out.read_bytes() == whole and at.curve.read_bytes() == curve
+    assert not at.part.exists()
 
 
-CANDIDATES = [{"prompt": PROMPTS[0], "candidates": ["It is.", "No, ten.", "surely green.", "yes"], "labels": [1, 0, 0, 1]},
-              {"prompt": PROMPTS[2], "candidates": ["One.", "blue bile", "Yes, it is.", "seven"], "labels": [0, 0, 1, 0]}]
+def test_a_finished_sample_run_is_not_sampled_again(at, counted):
+    sample_here(at)
+    whole = at.out.read_bytes()
+    counted.clear()
+    sample_here(at)
+    assert counted == []
+    assert at.out.read_bytes() == whole
 
 
-def test_rank_orders_by_the_reward_and_gives_the_accuracy_where_there_are_labels(at, reward):
+def test_another_seed_samples_every_prompt_again(at, counted):
+    sample_here(at)
+    whole = at.out.read_bytes()
+    counted.clear()
+    sample_here(at, "--seed", 1)
+    assert counted == CASES
+    assert at.out.read_bytes() != whole
+
+
+# ---------------------------------------------------------------- rank
+
+CANDIDATES = [
+    {"prompt": PROMPTS[0], "candidates": ["It is.", "No, ten.", "surely green.", "yes"],
+     "labels": [1, 0, 0, 1]},
+    {"prompt": PROMPTS[2], "candidates": ["One.", "blue bile", "Yes, it is.", "seven"],
+     "labels": [0, 0, 1, 0]},
+]
+
+
+def test_rank_orders_the_candidates_by_the_reward(at, reward):
     rows = done(at, "rank", CANDIDATES)
     for row, source in zip(rows, CANDIDATES, strict=True):
         scores = reward.score([source["prompt"]] * 4, source["candidates"])
-        assert {n: row[n] for n in source} == source and row["scores"] == pytest.approx(scores, abs=1e-4)
-        assert row["ranking"] == sorted(range(4), key=lambda i: -scores[i]) and row["best"] == source["candidates"][row["ranking"][0]]
+        ranking = sorted(range(4), key=lambda place: -scores[place])
+        assert row["scores"] == pytest.approx(scores, abs=1e-4)
+        assert row["ranking"] == ranking
+        assert row["best"] == source["candidates"][ranking[0]]
+
+
+def test_rank_keeps_what_a_row_holds(at):
+    rows = done(at, "rank", CANDIDATES)
+    for row, source in zip(rows, CANDIDATES, strict=True):
+        assert {name: row[name] for name in source} == source
+
+
+def test_rank_gives_the_curve_of_the_labels_and_draws_it(at):
+    rows = done(at, "rank", CANDIDATES)
     curve = json.loads(at.curve.read_text())["curve"]
-    assert curve["4"]["label"] == sum(r["labels"][r["ranking"][0]] for r in rows) / 2
-    assert curve["1"]["label"] == 3 / 8 and curve["4"]["oracle"] == 1
+    assert curve["1"]["label"] == 3 / 8
+    assert curve["4"]["label"] == sum(row["labels"][row["ranking"][0]] for row in rows) / 2
+    assert curve["4"]["oracle"] == 1
     assert at.curve.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("labelled", [True, False])
-def test_the_picture_shows_the_numbers_of_the_curve(labelled):
-    figure = pytest.importorskip("matplotlib.figure").Figure()
-    rows = [{"scores": [0.5, -1, 2, 0], "labels": [1, 0, 0, 1]} if labelled else {"scores": [0.5, -1, 2, 0]}]
-    curve, axes = stage5.curve_of(rows)["curve"], figure.subplots()
-    report.best_of_plot(axes, curve)
-    drawn = [list(line.get_ydata()) for line in axes.get_lines()]
-    names = ("label", "oracle") if labelled else ("reward",)
-    assert drawn[:len(names)] == [[row[name] for row in curve.values()] for name in names]
-    assert len(drawn) == (3 if labelled else 1) and (not labelled or drawn[2] == [0.5, 0.5])
+TOO_LONG = {"prompt": "long", "candidates": ["blue " * 3000, "It is."]}
 
 
-def test_a_candidate_that_is_too_long_is_ranked_last_and_said_so(at, reward):
-    rows = [CANDIDATES[0], {"prompt": "long", "candidates": ["blue " * 3000, "It is."]}]
-    code, out, err = call(at, "rank", rows)
-    found = read(at.out)
-    assert code == 0 and "1 prompts have a candidate that is too long" in out, err
-    assert found[1]["scores"][0] is None and found[1]["ranking"] == [1, 0] and found[1]["best"] == "It is."
+def test_a_candidate_that_is_too_long_is_ranked_last_and_said_so(at):
+    code, out, err = call(at, "rank", [CANDIDATES[0], TOO_LONG])
+    assert code == 0, err
+    assert "1 prompts have a candidate that is too long" in out
+    _, row = read(at.out)
+    assert row["scores"][0] is None
+    assert row["ranking"] == [1, 0] and row["best"] == "It is."
+
+
+def test_a_prompt_with_a_candidate_that_is_too_long_is_not_in_the_curve(at):
+    done(at, "rank", [CANDIDATES[0], TOO_LONG])
     assert json.loads(at.curve.read_text())["prompts"] == 1
-    assert_one_line_error(call(at, "rank", rows[1:]), "longer than")
 
 
 def test_rows_of_a_prompt_and_a_response_are_grouped(at):
-    flat = [{"prompt": r["prompt"], "response": r["candidates"][i], "id": f"{n}.{i}"} for i in range(4) for n, r in enumerate(CANDIDATES)]
+    flat = []
+    for i in range(4):
+        for n, row in enumerate(CANDIDATES):
+            response = row["candidates"][i]
+            flat.append({"prompt": row["prompt"], "response": response, "id": f"{n}.{i}"})
     rows = done(at, "rank", flat)
-    assert [r["candidates"] for r in rows] == [r["candidates"] for r in CANDIDATES] and rows[1]["ids"] == ["1.0", "1.1", "1.2", "1.3"]
-    assert [r["scores"] for r in rows] == [pytest.approx(r["scores"], abs=1e-4) for r in done(at, "rank", CANDIDATES)]
+    assert [row["candidates"] for row in rows] == [row["candidates"] for row in CANDIDATES]
+    assert rows[1]["ids"] == ["1.0", "1.1", "1.2", "1.3"]
+    for row, grouped in zip(rows, done(at, "rank", CANDIDATES), strict=True):
+        assert row["scores"] == pytest.approx(grouped["scores"], abs=1e-4)
 
 
-def test_pairs_are_the_best_against_the_worst_by_this_reward_and_not_by_scores_of_another(at, reward):
-    rows = done(at, "pairs", [CANDIDATES[0], CANDIDATES[1] | {"scores": [9.0, 8.0, 7.0, 6.0]},
-                              {"prompt": "a", "candidates": ["b", "", "b"]}])
+def test_a_head_moved_away_from_its_run_still_ranks(at, tmp_path):
+    expected = done(at, "rank", CANDIDATES)
+    moved = tmp_path / "moved/head.safetensors"
+    moved.parent.mkdir()
+    shutil.copy(at.head, moved)
+    assert done(at, "rank", CANDIDATES, "--reward", moved) == expected
+
+
+# ---------------------------------------------------------------- pairs of candidates
+
+def said(row, side):
+    """The text of a side that is a conversation of one turn."""
+    [turn] = row[side]
+    assert turn["role"] == "assistant"
+    return turn["content"]
+
+
+def test_pairs_are_the_best_against_the_worst_by_this_reward(at, reward):
+    rows = done(at, "pairs", CANDIDATES)
+    for row, source in zip(rows, CANDIDATES, strict=True):
+        scores = reward.score([source["prompt"]] * 4, source["candidates"])
+        assert said(row, "chosen") == source["candidates"][scores.index(max(scores))]
+        assert said(row, "rejected") == source["candidates"][scores.index(min(scores))]
+        assert row["margin"] == pytest.approx(max(scores) - min(scores), abs=1e-3)
+        assert row["margin"] == row["score_chosen"] - row["score_rejected"]
+
+
+def test_scores_of_another_reward_are_not_believed(at):
+    others = [row | {"scores": [9.0, 8.0, 7.0, 6.0]} for row in CANDIDATES]
+    assert done(at, "pairs", others) == done(at, "pairs", CANDIDATES)
+
+
+def test_scores_of_this_reward_are_not_computed_again(at):
+    known = {"scores": [9.0, 8.0, 7.0, 6.0], "reward": stage1.file_hash(at.head)}
+    code, _, err = call(at, "pairs", [CANDIDATES[0] | known], "--min-margin", -99)
+    assert code == 0, err
+    [row] = read(at.out) + read(at.dropped)
+    assert (said(row, "chosen"), said(row, "rejected")) == ("It is.", "yes")
+
+
+def test_prompts_of_pairs_are_messages(at):
+    text, messages = [row["prompt"] for row in done(at, "pairs", CANDIDATES)]
+    assert text == [{"role": "user", "content": "Is water wet?"}]
+    assert messages == PROMPTS[2]
+
+
+def test_a_prompt_without_two_different_candidates_is_dropped_with_a_reason(at):
+    rows = done(at, "pairs", [*CANDIDATES, {"prompt": "a", "candidates": ["b", "", "b"]}])
     assert len(rows) == 2
-    for row, source in zip(rows, CANDIDATES):
-        scores = dict(zip(source["candidates"], reward.score([source["prompt"]] * 4, source["candidates"])))
-        best, worst = max(scores, key=scores.get), min(scores, key=scores.get)
-        assert row["chosen"] == [{"role": "assistant", "content": best}] and row["rejected"] == [{"role": "assistant", "content": worst}]
-        assert row["margin"] == pytest.approx(scores[best] - scores[worst], abs=1e-3) == row["score_chosen"] - row["score_rejected"]
-        assert row["prompt"][0] == {"role": "user", "content": "Is water wet?" if row is rows[0] else "One two three?"}
-    assert [(r["id"], "two different" in r["reason"]) for r in read(at.dropped)] == [("2", True)]
+    [dropped] = read(at.dropped)
+    assert dropped["id"] == "2"
+    assert "two different" in dropped["reason"]
 
 
-def test_plain_gives_strings_and_a_least_margin_drops_with_its_reason(at):
-    rows = done(at, "pairs", CANDIDATES, "--plain")             # strings and messages in one file: TRL could not read it
-    assert [r["prompt"] for r in rows] == [PROMPTS[0]] and rows[0]["chosen"] in CANDIDATES[0]["candidates"]
-    assert "messages" in read(at.dropped)[-1]["reason"]
-    margins = [r["margin"] for r in done(at, "pairs", CANDIDATES)]
+def test_plain_gives_strings(at):
+    [row] = done(at, "pairs", CANDIDATES[:1], "--plain")
+    assert row["prompt"] == PROMPTS[0]
+    assert row["chosen"] in CANDIDATES[0]["candidates"]
+
+
+def test_plain_drops_prompts_that_are_messages(at):
+    """Strings and messages in one file: TRL could not read it."""
+    rows = done(at, "pairs", CANDIDATES, "--plain")
+    assert [row["prompt"] for row in rows] == [PROMPTS[0]]
+    [dropped] = read(at.dropped)
+    assert "messages" in dropped["reason"]
+
+
+def test_a_least_margin_drops_what_is_below_with_a_reason(at):
+    margins = [row["margin"] for row in done(at, "pairs", CANDIDATES)]
     middle = sum(margins) / 2
     kept = done(at, "pairs", CANDIDATES, "--min-margin", middle)
-    assert [r["margin"] for r in kept] == [max(margins)] and str(middle) in read(at.dropped)[0]["reason"]
+    assert [row["margin"] for row in kept] == [max(margins)]
+    [dropped] = read(at.dropped)
+    assert dropped["reason"] == f"margin below {middle}"
 
 
-def test_a_filter_keeps_what_the_reward_agrees_with_and_gives_a_reason_for_all_else(at, reward):
-    source = tiny.make_pairs(20)
-    broken = [{"id": "n", "prompt": "a", "chosen": 5, "rejected": "b"}, {"id": "e", "prompt": None, "chosen": None, "rejected": "b"},
-              {"id": "t", "prompt": "a", "chosen": "b", "rejected": "b"}]
-    kept = done(at, "filter", [*source, *broken], "--plain")
-    sides = (reward.score([r["prompt"] for r in source], [r[side] for r in source]) for side in ("chosen", "rejected"))
-    agrees = {r["id"]: c > w for r, c, w in zip(source, *sides)}
-    assert 0 < len(kept) < 20 and [r["id"] for r in kept] == [i for i, yes in agrees.items() if yes]
-    assert all({n: row[n] for n in source[0]} in source and row["margin"] > 0 and "reason" not in row for row in kept)
+def test_a_pair_whose_two_sides_score_the_same_is_dropped():
+    reward = SimpleNamespace(score=lambda prompts, texts: [float(len(text)) for text in texts])
+    rows = [{"prompt": "a", "chosen": "yes", "rejected": rejected} for rejected in ("no", "ten")]
+    stage5.score_rows(rows, reward, 0.0)
+    assert [row["margin"] for row in rows] == [1.0, 0.0]
+    assert ["reason" in row for row in rows] == [False, True]
+
+
+# ---------------------------------------------------------------- pairs through a filter
+
+@pytest.fixture(scope="module")
+def agreed(reward):
+    """Twenty pairs → {id: does the reward agree with it}."""
+    pairs = tiny.make_pairs(20)
+    prompts = [pair["prompt"] for pair in pairs]
+    chosen = reward.score(prompts, [pair["chosen"] for pair in pairs])
+    rejected = reward.score(prompts, [pair["rejected"] for pair in pairs])
+    return {pair["id"]: c > r for pair, c, r in zip(pairs, chosen, rejected)}
+
+
+def test_a_filter_keeps_the_pairs_that_the_reward_agrees_with(at, agreed):
+    pairs = tiny.make_pairs(20)
+    kept = done(at, "filter", pairs, "--plain")
+    assert 0 < len(kept) < 20
+    assert [row["id"] for row in kept] == [name for name, agrees in agreed.items() if agrees]
+    for row in kept:
+        assert {name: row[name] for name in pairs[0]} in pairs
+        assert row["margin"] > 0 and "reason" not in row
+
+
+def test_a_filter_gives_a_reason_for_every_pair_that_it_drops(at, agreed):
+    done(at, "filter", tiny.make_pairs(20))
     dropped = read(at.dropped)
-    assert {r["id"] for r in dropped} == {"n", "e", "t"} | {i for i, yes in agrees.items() if not yes} and all(r["reason"] for r in dropped)
+    assert [row["id"] for row in dropped] == [name for name, agrees in agreed.items() if not agrees]
+    assert {row["reason"] for row in dropped} == {"the rejected side scores as high or higher"}
+
+
+def test_a_filter_gives_a_reason_for_every_row_that_holds_no_pair(at):
+    broken = [
+        {"id": "number", "prompt": "a", "chosen": 5, "rejected": "b"},
+        {"id": "null", "prompt": None, "chosen": None, "rejected": "b"},
+        {"id": "the same", "prompt": "a", "chosen": "b", "rejected": "b"},
+    ]
+    done(at, "filter", [*tiny.make_pairs(2), *broken])
+    reasons = {row["id"]: row["reason"] for row in read(at.dropped)}
+    for row in broken:
+        assert reasons[row["id"]]
 
 
 # ---------------------------------------------------------------- bad input
 
 def refused(at, *args, words=()):
-    result = call(at, *args)
-    assert_one_line_error(result, *words)
+    """A command ends with one line that names every one of `words`, and writes nothing."""
+    assert_one_line_error(call(at, *args), *words)
     assert not at.out.exists() and not at.part.exists()
 
 
-@pytest.mark.parametrize("row", [
-    {"prompt": "a", "candidates": []}, {"prompt": "a", "candidates": ["b", 5]}, {"prompt": "a", "candidates": "bcd"},
-    {"prompt": "a", "candidates": 5}, {"prompt": "a", "response": None}, {"prompt": "a"}, {"candidates": ["b"]}, {"response": "b"},
-    {"prompt": None, "candidates": ["b"]}, {"prompt": [5], "candidates": ["b"]}, {"prompt": "a", "candidates": ["b"], "labels": [1, 0]},
-    {"prompt": "a", "candidates": ["b"], "labels": 1}, {"prompt": "a", "candidates": ["b"], "labels": ["good"]}, [1], 5], ids=json.dumps)
+NO_CANDIDATES = [
+    {"prompt": "a", "candidates": []},
+    {"prompt": "a", "candidates": ["b", 5]},
+    {"prompt": "a", "candidates": "bcd"},
+    {"prompt": "a", "candidates": 5},
+    {"prompt": "a", "response": None},
+    {"prompt": "a"},
+    {"candidates": ["b"]},
+    {"response": "b"},
+    {"prompt": None, "candidates": ["b"]},
+    {"prompt": [5], "candidates": ["b"]},
+    {"prompt": "a", "candidates": ["b"], "labels": [1, 0]},
+    {"prompt": "a", "candidates": ["b"], "labels": 1},
+    {"prompt": "a", "candidates": ["b"], "labels": ["good"]},
+    [1],
+    5,
+]
+
+
+@pytest.mark.parametrize("row", NO_CANDIDATES, ids=json.dumps)
 def test_a_row_that_holds_no_candidates_is_one_line_that_names_it(row, at):
     refused(at, "rank", [CANDIDATES[0], row], words=[f"{at.file}:2"])
 
 
-@pytest.mark.parametrize("row", [{}, {"prompt": " "}, {"prompt": []}, {"prompt": [5]}, {"prompt": [{"role": "user"}]}, 5], ids=json.dumps)
+NO_PROMPT = [
+    {},
+    {"prompt": " "},
+    {"prompt": []},
+    {"prompt": [5]},
+    {"prompt": [{"role": "user"}]},
+    5,
+]
+
+
+@pytest.mark.parametrize("row", NO_PROMPT, ids=json.dumps)
 def test_a_row_that_holds_no_prompt_is_one_line_that_names_it(row, at):
     refused(at, "sample", [{"prompt": "a"}, row], words=[f"{at.file}:2"])
 
 
-@pytest.mark.parametrize("args", [("--n", 0), ("--n", -1), ("--max-new-tokens", 0), ("--temperature", -1), ("--temperature", "nan"),
-                                  ("--top-p", 0), ("--top-p", 1.5), ("--limit", 0), ("--limit", -1)], ids=lambda a: f"{a[0]} {a[1]}")
-def test_a_setting_that_cannot_sample_is_one_line_that_names_it(args, at):
-    refused(at, "sample", [{"prompt": "a"}, {"prompt": "b"}], *args, words=[args[0]])
+def test_candidates_that_are_all_too_long_are_refused(at):
+    refused(at, "rank", [TOO_LONG], words=["longer than"])
 
 
-@pytest.mark.parametrize("name", ["sample", "rank", "pairs", "filter"])
-def test_an_empty_file_a_missing_reward_and_another_backbone_are_refused(name, at, folder_of, tmp_path):
-    rows = {"sample": [{"prompt": "a"}], "filter": tiny.make_pairs(2)}.get(name, CANDIDATES)
-    refused(at, name, rows, "--reward", tmp_path / "none.safetensors", words=["none.safetensors", "03_train_head.py"])
-    refused(at, name, rows, "--model", folder_of("gpt2"), words=[folder_of("gpt2"), "backbone"])
+@pytest.fixture(params=COMMANDS)
+def usable(request):
+    """Each command with rows that it can use."""
+    rows = {"sample": [{"prompt": "a"}], "filter": tiny.make_pairs(2)}
+    return request.param, rows.get(request.param, CANDIDATES)
+
+
+def test_a_missing_reward_names_what_makes_it(usable, at, tmp_path):
+    other = "--reward", tmp_path / "none.safetensors"
+    refused(at, *usable, *other, words=["none.safetensors", "03_train_head.py"])
+
+
+def test_another_backbone_is_refused_and_named(usable, at, folder_of):
+    refused(at, *usable, "--model", folder_of("gpt2"), words=[folder_of("gpt2"), "backbone"])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_empty_file_is_refused_and_named(name, at):
     refused(at, name, [], words=[at.file])
 
 
-def test_pairs_takes_either_candidates_or_a_filter(at):
+def test_pairs_takes_not_both_candidates_and_a_filter(at):
     refused(at, "pairs", CANDIDATES, "--filter", at.file, words=["--candidates", "--filter"])
-    assert_one_line_error(command("05_best_of_n", "pairs", "--reward", at.head), "--candidates", "--filter")
-
-
-def test_a_head_moved_away_from_its_run_still_ranks(at, tmp_path):
-    expected, head = done(at, "rank", CANDIDATES), tmp_path / "moved/head.safetensors"
-    head.parent.mkdir()
-    shutil.copy(at.head, head)
-    assert done(at, "rank", CANDIDATES, "--reward", head) == expected

@@ -1,145 +1,405 @@
-"""Every layout that --pairs takes, each with the trap that its users met: as a file, through stage 1, to pairs.jsonl and dropped.jsonl."""
+"""Every layout and file form that --pairs takes, each with the trap that its users met."""
 
 import csv
 import gzip
 import importlib
+import io
 import json
 import re
 
 import pytest
 import tiny
-from tiny import command, succeed
+from tiny import assert_one_line_error, command, make_pairs, save_rows, succeed
+
+from parts.files import UserError
+from parts.rows import read_rows, usable_pairs
 
 stage1 = importlib.import_module("01_extract")
 
 
 def turns(*contents):
+    """Messages, the user's first."""
     return [{"role": ("user", "assistant")[n % 2], "content": c} for n, c in enumerate(contents)]
 
 
+def answer(content):
+    """The message of an assistant, alone."""
+    return [{"role": "assistant", "content": content}]
+
+
 def hh(*contents):
+    """A transcript of hh-rlhf."""
     return "".join(f"\n\n{('Human', 'Assistant')[n % 2]}: {c}" for n, c in enumerate(contents))
 
 
-SYSTEM, TALK = {"role": "system", "content": "s"}, turns("q", "a", "r")
-TRAPS = {       # the trap: (row, what becomes of it: [(prompt, chosen, rejected)] or the reason in dropped.jsonl)
+def sides(chosen, rejected):
+    """A row without a prompt column."""
+    return {"chosen": chosen, "rejected": rejected}
+
+
+def asked(prompt, chosen, rejected, **more):
+    """A row with a prompt column."""
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **more}
+
+
+SYSTEM = {"role": "system", "content": "s"}
+TALK = turns("q", "a", "r")
+
+
+# ---------------------------------------------------------------- layouts
+
+PAIRS = {       # layout and trap: (row, [(prompt, chosen, rejected)])
+    "TRL explicit, RewardBench": (
+        asked("q", "a", "b", subset="s", id=7),
+        [("q", "a", "b")]),
+    "TRL explicit: messages": (
+        asked(TALK, answer("b"), answer("c")),
+        [(TALK, "b", "c")]),
+    "TRL explicit: the prompt as messages, and whole conversations": (
+        asked(TALK, [*TALK, *answer("b")], [*TALK, *answer("c")]),
+        [(TALK, "b", "c")]),
     "TRL implicit: words that begin alike are not cut in two": (
-        {"chosen": "The sky is blueish.", "rejected": "The sky is black."}, [("The sky is", "blueish.", "black.")]),
-    "TRL implicit: nothing in common is no prompt": ({"chosen": "Yes.", "rejected": "No."}, "prompt"),
-    "TRL implicit: one side holds the other": ({"chosen": "Is it so?", "rejected": "Is it so? No."}, [("Is it", "so?", "so? No.")]),
-    "messages: the last turn is the user's": ({"chosen": turns("q", "a", "r"), "rejected": turns("q", "a", "s")}, "part before|assistant"),
-    "messages: two user turns that differ": ({"chosen": [*turns("q"), *turns("r")], "rejected": [*turns("q"), *turns("s")]}, "part before"),
-    "messages: they part earlier": ({"chosen": turns("q", "a", "r", "b"), "rejected": turns("q", "c", "r", "b")}, "part before"),
-    "messages: the same conversation twice": ({"chosen": turns("q", "a"), "rejected": turns("q", "a")}, "part before|same"),
-    "messages: a system turn stays": (
-        {"chosen": [SYSTEM, *turns("q", "a")], "rejected": [SYSTEM, *turns("q", "b")]}, [([SYSTEM, *turns("q")], "a", "b")]),
-    "messages: parts of several kinds": ({"prompt": "q", "chosen": [{"role": "assistant", "content": [{"type": "text", "text": "a"}]}],
-                                          "rejected": turns("q", "b")}, "without role and content"),
+        sides("The sky is blueish.", "The sky is black."),
+        [("The sky is", "blueish.", "black.")]),
+    "TRL implicit: one side holds the other": (
+        sides("Is it so?", "Is it so? No."),
+        [("Is it", "so?", "so? No.")]),
+    "TRL implicit: messages": (
+        sides([*TALK, *answer("b")], [*TALK, *answer("c")]),
+        [(TALK, "b", "c")]),
+    "TRL implicit: a system turn stays": (
+        sides([SYSTEM, *turns("q", "a")], [SYSTEM, *turns("q", "b")]),
+        [([SYSTEM, *turns("q")], "a", "b")]),
     "hh-rlhf: split at the common prefix, not at the last Assistant:": (
-        {"chosen": hh("q", "a", "r", "b"), "rejected": hh("q", "a", "r", "c")}, [(TALK, "b", "c")]),
-    "hh-rlhf: one side goes on": ({"chosen": hh("q", "a", "r", "b"), "rejected": hh("q", "a", "r", "c", "t", "d")}, "part before"),
-    "hh-rlhf: an earlier answer differs": ({"chosen": hh("q", "a", "r", "b"), "rejected": hh("q", "x", "r", "b")}, "part before"),
-    "hh-rlhf: the last answer is empty": ({"chosen": hh("q", ""), "rejected": hh("q", "b")}, "empty"),
+        sides(hh("q", "a", "r", "b"), hh("q", "a", "r", "c")),
+        [(TALK, "b", "c")]),
     "hh-rlhf: Assistant: within an answer": (
-        {"chosen": hh("q", "Write: Assistant: hello"), "rejected": hh("q", "no")}, [(turns("q"), "Write: Assistant: hello", "no")]),
+        sides(hh("q", "Write: Assistant: hello"), hh("q", "no")),
+        [(turns("q"), "Write: Assistant: hello", "no")]),
     "hh-rlhf: spaces in front lose no turn": (
-        {"chosen": " " + hh("q", "a", "r", "b")[2:], "rejected": " " + hh("q", "a", "r", "c")[2:]}, [(TALK, "b", "c")]),
-    "UltraFeedback: no doubled prompt": ({"prompt": "q", "chosen": turns("q", "a"), "rejected": turns("q", "b")}, [("q", "a", "b")]),
+        sides(" " + hh("q", "a", "r", "b")[2:], " " + hh("q", "a", "r", "c")[2:]),
+        [(TALK, "b", "c")]),
+    "UltraFeedback: no doubled prompt": (
+        asked("q", turns("q", "a"), turns("q", "b"), score_chosen=8.0),
+        [("q", "a", "b")]),
     "UltraFeedback: a system turn in the conversation is not lost": (
-        {"prompt": "q", "chosen": [SYSTEM, *turns("q", "a")], "rejected": [SYSTEM, *turns("q", "b")]}, [([SYSTEM, *turns("q")], "a", "b")]),
+        asked("q", [SYSTEM, *turns("q", "a")], [SYSTEM, *turns("q", "b")]),
+        [([SYSTEM, *turns("q")], "a", "b")]),
     "UltraFeedback: several turns, none doubled": (
-        {"prompt": "q", "chosen": turns("q", "a", "r", "b"), "rejected": turns("q", "a", "r", "c")}, [(TALK, "b", "c")]),
-    "prompt as messages and whole conversations": (
-        {"prompt": TALK, "chosen": [*TALK, *turns("", "b")[1:]], "rejected": [*TALK, *turns("", "c")[1:]]}, [(TALK, "b", "c")]),
-    "PKU-SafeRLHF: no label": ({"prompt": "q", "response_0": "a", "response_1": "b", "safer_response_id": -1}, "no label"),
-    "PKU-SafeRLHF: the second is the safer": (
-        {"prompt": "q", "response_0": "a", "response_1": "b", "safer_response_id": 1, "better_response_id": 0}, [("q", "b", "a")]),
-    "RewardBench: text": ({"prompt": "q", "chosen": "a", "rejected": "b", "subset": "s", "id": 7}, [("q", "a", "b")]),
+        asked("q", turns("q", "a", "r", "b"), turns("q", "a", "r", "c")),
+        [(TALK, "b", "c")]),
     "RewardBench 2: one right answer, three wrong": (
-        {"prompt": "q", "chosen": ["a"], "rejected": ["b", "c", "d"]}, [("q", "a", "b"), ("q", "a", "c"), ("q", "a", "d")]),
+        asked("q", ["a"], ["b", "c", "d"]),
+        [("q", "a", "b"), ("q", "a", "c"), ("q", "a", "d")]),
     "RewardBench 2: several right answers": (
-        {"prompt": "q", "chosen": ["a", "b"], "rejected": ["c", "d", "e"]}, [("q", x, y) for x in "ab" for y in "cde"]),
+        asked("q", ["a", "b"], ["c", "d", "e"]),
+        [("q", right, wrong) for right in "ab" for wrong in "cde"]),
     "RM-Bench: like style against like style": (
-        {"prompt": "q", "chosen": ["a", "b", "c"], "rejected": ["d", "e", "f"]}, [("q", "a", "d"), ("q", "b", "e"), ("q", "c", "f")]),
-    "TruthfulQA: every right answer against a wrong one": (
+        asked("q", ["a", "b", "c"], ["d", "e", "f"]),
+        [("q", "a", "d"), ("q", "b", "e"), ("q", "c", "f")]),
+    "TruthfulQA: one right answer": (
+        {"question": "q", "mc1_targets": {"choices": ["a", "b", "c"], "labels": [1, 0, 0]}},
+        [("q", "a", "b")]),
+    "TruthfulQA: the wrong answers in turn": (
+        {"question": "q", "mc2_targets": {"choices": list("abcde"), "labels": [1, 1, 1, 0, 0]}},
+        [("q", "a", "d"), ("q", "b", "e"), ("q", "c", "d")]),
+    "TruthfulQA: all right answers, where both columns are there": (
         {"question": "q", "mc1_targets": {"choices": ["a", "b"], "labels": [1, 0]},
-         "mc2_targets": {"choices": ["a", "b", "c", "d"], "labels": [1, 0, 1, 1]}}, [("q", "a", "b"), ("q", "c", "b"), ("q", "d", "b")]),
-    "TruthfulQA: no wrong answer": ({"question": "q", "mc2_targets": {"choices": ["a", "b"], "labels": [1, 1]}}, "no wrong answer"),
-    "TruthfulQA: choices without labels": ({"question": "q", "mc1_targets": {"choices": ["a", "b"]}}, "malformed"),
-    "an empty assistant turn in the prompt": ({"prompt": turns("q", "", "r"), "chosen": "a", "rejected": "b"}, "empty assistant turn"),
+         "mc2_targets": {"choices": ["a", "b", "c", "d"], "labels": [1, 0, 1, 1]}},
+        [("q", "a", "b"), ("q", "c", "b"), ("q", "d", "b")]),
+}
+REASONS = {     # layout and trap: (row, what the reason says)
+    "TRL implicit: nothing in common is no prompt": (
+        sides("Yes.", "No."), "non-text prompt"),
+    "messages: the last turn is the user's": (
+        sides(turns("q", "a", "r"), turns("q", "a", "s")), "part before"),
+    "messages: two user turns that differ": (
+        sides([*turns("q"), *turns("r")], [*turns("q"), *turns("s")]), "part before"),
+    "messages: they part earlier": (
+        sides(turns("q", "a", "r", "b"), turns("q", "c", "r", "b")), "part before"),
+    "messages: the same conversation twice": (
+        sides(turns("q", "a"), turns("q", "a")), "part before"),
+    "messages: parts of several kinds": (
+        asked("q", answer([{"type": "text", "text": "a"}]), answer("b")),
+        "without role and content"),
+    "messages: an empty assistant turn in the prompt": (
+        asked(turns("q", "", "r"), "a", "b"), "empty assistant turn"),
+    "messages: an assistant turn of spaces in the prompt": (
+        asked(turns("q", " \n", "r"), "a", "b"), "empty assistant turn"),
+    "hh-rlhf: one side goes on": (
+        sides(hh("q", "a", "r", "b"), hh("q", "a", "r", "c", "t", "d")), "part before"),
+    "hh-rlhf: an earlier answer differs": (
+        sides(hh("q", "a", "r", "b"), hh("q", "x", "r", "b")), "part before"),
+    "hh-rlhf: the last answer is empty": (
+        sides(hh("q", ""), hh("q", "b")), "empty or non-text response"),
+    "PKU-SafeRLHF: no label": (
+        {"prompt": "q", "response_0": "a", "response_1": "b", "safer_response_id": -1}, "no label"),
+    "TruthfulQA: no wrong answer": (
+        {"question": "q", "mc2_targets": {"choices": ["a", "b"], "labels": [1, 1]}},
+        "no wrong answer"),
+    "TruthfulQA: choices without labels": (
+        {"question": "q", "mc1_targets": {"choices": ["a", "b"]}}, "malformed"),
 }
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny.make_tokenizer()
+def pairs_of(row, label=None):
+    """→ ([(prompt, chosen, rejected)], reasons)."""
+    found, reasons = usable_pairs(tiny.make_tokenizer(), row, label, 2048)
+    return [(pair.prompt, pair.chosen, pair.rejected) for pair in found], reasons
 
 
-@pytest.mark.parametrize("trap", TRAPS)
-def test_a_trap_gives_the_right_pairs_or_a_reason(trap, tokenizer):
-    row, wanted = TRAPS[trap]
-    found, reasons = stage1.usable_pairs(tokenizer, row, "safer", 2048)
-    if isinstance(wanted, str):
-        assert not found and len(reasons) == 1 and re.search(wanted, reasons[0]), (found, reasons)
-    else:
-        assert found == wanted and not reasons
+@pytest.mark.parametrize("trap", PAIRS)
+def test_a_layout_gives_its_pairs(trap):
+    row, wanted = PAIRS[trap]
+    assert pairs_of(row) == (wanted, [])
 
+
+@pytest.mark.parametrize("trap", REASONS)
+def test_a_row_without_a_usable_pair_gives_the_reason(trap):
+    row, says = REASONS[trap]
+    found, reasons = pairs_of(row, "safer")
+    assert not found
+    assert len(reasons) == 1 and says in reasons[0]
+
+
+TWO_LABELS = {"prompt": "q", "response_0": "a", "response_1": "b"}
+TWO_LABELS |= {"safer_response_id": 1, "better_response_id": 0}
+
+
+@pytest.mark.parametrize("label, pair", [("safer", ("q", "b", "a")), ("better", ("q", "a", "b"))])
+def test_of_two_labels_the_one_that_was_asked_for_decides(label, pair):
+    assert pairs_of(TWO_LABELS, label) == ([pair], [])
+
+
+def test_two_labels_without_a_choice_are_refused():
+    with pytest.raises(UserError, match="safer_response_id, better_response_id .*--label"):
+        pairs_of(TWO_LABELS)
+
+
+# ---------------------------------------------------------------- file forms
 
 FORMS = ["jsonl", "json", "csv", "jsonl.gz", "json.gz", "csv.gz", "parquet", "hub json"]
+
+
+def as_csv(rows):
+    """A cell that is no text holds JSON."""
+    file = io.StringIO(newline="")
+    table = csv.DictWriter(file, rows[0])
+    table.writeheader()
+    for row in rows:
+        cells = {name: v if isinstance(v, str) else json.dumps(v) for name, v in row.items()}
+        table.writerow(cells)
+    return file.getvalue()
+
+
+def write_data_set(folder, kind, rows):
+    """A folder that the package datasets reads → hub:FOLDER."""
+    datasets = pytest.importorskip("datasets")
+    folder.mkdir(parents=True)
+    data = datasets.Dataset.from_list(rows)
+    save = {"parquet": data.to_parquet, "json": data.to_json}[kind]
+    save(folder / f"train.{kind}")
+    return f"hub:{folder}"
 
 
 def write_rows(folder, form, rows):
     """Rows in one of FORMS → what --pairs takes."""
     if form in ("parquet", "hub json"):
-        datasets = pytest.importorskip("datasets")
-        (folder / "set").mkdir()
-        getattr(datasets.Dataset.from_list(rows), f"to_{form.split()[-1]}")(folder / "set" / f"train.{form.split()[-1]}")
-        return f"hub:{folder / 'set'}"
+        return write_data_set(folder / "set", form.split()[-1], rows)
+    kind = form.removesuffix(".gz")
+    if kind == "csv":
+        text = as_csv(rows)
+    elif kind == "json":
+        text = json.dumps(rows, indent=1)
+    else:
+        text = "\n".join(map(json.dumps, rows))
     path = folder / f"p.{form}"
-    with (gzip.open if form.endswith("gz") else open)(path, "wt", encoding="utf-8", newline="") as file:
-        if form.startswith("csv"):
-            table = csv.DictWriter(file, rows[0])
-            table.writeheader(), table.writerows({n: v if isinstance(v, str) else json.dumps(v) for n, v in r.items()} for r in rows)
-        else:
-            file.write(json.dumps(rows, indent=1) if form.startswith("json.") or form == "json" else "\n".join(map(json.dumps, rows)))
+    path.write_bytes(gzip.compress(text.encode()) if form.endswith(".gz") else text.encode())
     return str(path)
 
 
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache of its own for the package datasets, where it is there."""
+    try:
+        import datasets
+    except ImportError:
+        return
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def extract(tmp_path, folder_of):
+    """Run stage 1 on what --pairs takes → what it printed. The run is tmp_path/run."""
+    def run_stage1(pairs, *more):
+        args = ["--model", folder_of("llama"), "--pairs", pairs, "--layer", 0]
+        return succeed("01_extract", *args, "--run", tmp_path / "run", *more)
+    return run_stage1
+
+
+def rows_of(path):
+    """The rows of a JSONL file."""
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def extracted(run):
+    """id, prompt, chosen and rejected of the rows of pairs.jsonl."""
+    wanted = ("id", "prompt", "chosen", "rejected")
+    return [{name: row[name] for name in wanted} for row in rows_of(run / "pairs.jsonl")]
+
+
 @pytest.mark.parametrize("form", FORMS)
-def test_newlines_quotes_and_messages_survive_every_form_through_stage_1(form, tmp_path, folder_of, monkeypatch):
-    if form in ("parquet", "hub json"):
-        monkeypatch.setattr(pytest.importorskip("datasets").config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    rows = [{"id": "one", "prompt": "a, \"b\"\n\nc\r\nd", "chosen": "Ω\n", "rejected": "=cmd|' /C calc'!A0"},
-            {"id": "two", "prompt": "x\ty", "chosen": "\\n is not a newline", "rejected": "[]"}]
-    talk = [{"id": "three", "prompt": TALK, "chosen": turns("", "b")[1:], "rejected": turns("", "c")[1:]}]
-    for n, some in enumerate((rows, talk)):
-        (tmp_path / str(n)).mkdir()
-        pairs = write_rows(tmp_path / str(n), form, some)
-        succeed("01_extract", "--model", folder_of("llama"), "--pairs", pairs, "--layer", 0, "--run", tmp_path / f"run{n}")
-        found = [json.loads(line) for line in open(tmp_path / f"run{n}/pairs.jsonl", encoding="utf-8")]
-        text = lambda side: side if isinstance(side, str) else side[-1]["content"]
-        assert [(r["id"], r["prompt"], r["chosen"], r["rejected"]) for r in found] == [
-            (r["id"], r["prompt"], text(r["chosen"]), text(r["rejected"])) for r in some]
+def test_newlines_and_quotes_survive_every_form_through_stage_1(form, tmp_path, extract, cache):
+    rows = [
+        asked("a, \"b\"\n\nc\r\nd", "Ω\n", "=cmd|' /C calc'!A0", id="one"),
+        asked("x\ty", "\\n is not a newline", "[]", id="two"),
+    ]
+    extract(write_rows(tmp_path, form, rows))
+    assert extracted(tmp_path / "run") == rows
 
 
-@pytest.mark.parametrize("form, place", [("jsonl", "p.jsonl:3"), ("csv", "p.csv:6"), ("json", "p.json:[2]"), ("parquet", "set[2]")])
-def test_a_dropped_row_is_named_by_its_line_and_counted(form, place, tmp_path, folder_of, monkeypatch):
-    if form == "parquet":
-        monkeypatch.setattr(pytest.importorskip("datasets").config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    rows = [{"prompt": "a\nb", "chosen": "c", "rejected": "d"}, {"prompt": "e\nf", "chosen": "g", "rejected": "h"},
-            {"prompt": "i", "chosen": "same", "rejected": "same"}]
-    pairs = write_rows(tmp_path, form, rows)
-    out = succeed("01_extract", "--model", folder_of("llama"), "--pairs", pairs, "--layer", 0, "--run", tmp_path / "run")
-    [dropped] = [json.loads(line) for line in open(tmp_path / "run/dropped.jsonl", encoding="utf-8")]
-    assert "2 kept, 1 dropped" in out and dropped["where"].endswith(place) and dropped["reason"] and dropped["row"] == rows[2]
+@pytest.mark.parametrize("form", FORMS)
+def test_messages_survive_every_form_through_stage_1(form, tmp_path, extract, cache):
+    extract(write_rows(tmp_path, form, [asked(TALK, answer("b"), answer("c"), id="three")]))
+    assert extracted(tmp_path / "run") == [asked(TALK, "b", "c", id="three")]
 
 
-@pytest.mark.parametrize("good, bad, code", [(2, 2, 0), (2, 3, 2)])
-def test_more_than_half_dropped_is_an_error_and_half_is_not(good, bad, code, tmp_path, folder_of):
-    rows = [*tiny.make_pairs(good), *[{"prompt": "a", "chosen": "b", "rejected": ""}] * bad]
-    result = command("01_extract", "--model", folder_of("llama"), "--pairs", tiny.save_rows(tmp_path / "p.jsonl", rows), "--layer", 0,
-                     "--run", tmp_path / "run")
-    assert result[0] == code and len((tmp_path / "run/dropped.jsonl").read_text().splitlines()) == bad
-    if code:
-        tiny.assert_one_line_error(result, "more than half", "an empty or non-text response", "p.jsonl:3")
-        assert not (tmp_path / "run/pairs.jsonl").exists()
+@pytest.mark.parametrize("form", ["jsonl", "json", "csv"])
+def test_a_byte_order_mark_and_blank_lines_are_no_part_of_the_rows(form, tmp_path):
+    rows = [asked("a", "b", "c"), asked("d", "e", "f")]
+    path = write_rows(tmp_path, form, rows)
+    with open(path, encoding="utf-8", newline="") as file:
+        text = file.read()
+    with open(path, "w", encoding="utf-8-sig", newline="") as file:
+        file.write(text.replace("\n", "\n\n"))
+    assert [row for _, row in read_rows(path)] == rows
+
+
+def test_a_split_of_a_data_set_is_named_behind_its_folder(tmp_path, cache):
+    rows = [asked("q", "a", "b")]
+    place = write_data_set(tmp_path / "set", "json", rows)
+    (tmp_path / "set/train.json").rename(tmp_path / "set/test.json")
+    assert [row for _, row in read_rows(f"{place}:test")] == rows
+
+
+@pytest.mark.parametrize("form", ["jsonl", "json"])
+def test_the_same_file_in_another_folder_gives_the_same_pairs(form, tmp_path, extract):
+    rows = [{**row, "id": None} for row in make_pairs(6)]       # they are named by their lines
+    made = []
+    for folder in (tmp_path / "here", tmp_path / "there"):
+        folder.mkdir()
+        extract(write_rows(folder, form, rows))
+        made.append((tmp_path / "run/pairs.jsonl").read_bytes())
+    assert made[0] == made[1]
+    assert len({row["id"] for row in extracted(tmp_path / "run")}) == 6
+
+
+def test_limit_keeps_that_many_pairs_also_where_a_row_holds_several(tmp_path, extract):
+    rows = [asked(f"q{i}", ["a", "b", "c"], ["d", "e", "f"]) for i in range(4)]
+    assert "4 kept" in extract(save_rows(tmp_path / "p.jsonl", rows), "--limit", 4)
+    ids = [row["id"] for row in extracted(tmp_path / "run")]
+    assert ids == ["1#0", "1#1", "1#2", "2"]
+
+
+# ---------------------------------------------------------------- rows that cannot be used
+
+UNUSABLE = [        # a line of a JSONL file, what the reason says
+    (r'{"prompt": "z", "chosen": "\ud800", "rejected": "c"}', "half of a UTF-16 pair"),
+    (r'{"prompt": "", "chosen": "\ud800", "rejected": "c"}', "half of a UTF-16 pair"),
+    ('{"prompt": "z", "chosen": " ", "rejected": "c"}', "empty or non-text response"),
+    ('{"prompt": "z", "chosen": null, "rejected": "c"}', "empty or non-text response"),
+    ('{"prompt": 5, "chosen": "b", "rejected": "c"}', "empty or non-text prompt"),
+    ('{"prompt": null, "chosen": "Yes, we do.", "rejected": "Yes, we don\'t."}', "non-text prompt"),
+    ('{"prompt": "", "chosen": "a b", "rejected": "a c"}', "empty or non-text prompt"),
+    ('{"prompt": [{"role": "user"}], "chosen": "b", "rejected": "c"}', "without role and content"),
+    ('{"prompt": "q", "chosen": "a"}', "columns not recognised: chosen, prompt"),
+    ('{"prompt": "q"}', "columns not recognised: prompt"),
+    ("5", "not a JSON object"),
+]
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """As many good rows, and below them those that cannot be used → a JSONL file."""
+    good = [json.dumps(row) for row in make_pairs(len(UNUSABLE))]
+    path = tmp_path / "p.jsonl"
+    path.write_text("\n".join([*good, *(line for line, _ in UNUSABLE)]))
+    return path
+
+
+def test_a_row_that_cannot_be_used_is_dropped_with_its_line_and_reason(mixed, tmp_path, extract):
+    extract(mixed)
+    found = rows_of(tmp_path / "run/dropped.jsonl")
+    for n, (row, (line, says)) in enumerate(zip(found, UNUSABLE, strict=True)):
+        assert row["row"] == json.loads(line)
+        assert row["where"] == f"{mixed}:{len(UNUSABLE) + 1 + n}"
+        assert says in row["reason"]
+
+
+def test_rows_that_cannot_be_used_leave_the_others_as_they_are(mixed, tmp_path, extract):
+    out = extract(mixed)
+    assert f"{len(UNUSABLE)} kept, {len(UNUSABLE)} dropped" in out
+    assert extracted(tmp_path / "run") == make_pairs(len(UNUSABLE))
+
+
+def test_the_reasons_are_counted_the_most_frequent_first(tmp_path, extract):
+    rows = [*make_pairs(3), {"prompt": "q"}, asked("", "a b", "a c"), asked(None, "a b", "a c")]
+    out = extract(save_rows(tmp_path / "p.jsonl", rows))
+    assert ("dropped.jsonl: 2 × an empty or non-text prompt, "
+            "1 × columns not recognised: prompt\n") in out
+
+
+@pytest.mark.parametrize("form, place", [
+    ("jsonl", "p.jsonl:3"),
+    ("csv", "p.csv:6"),             # the line where the row ends: two cells hold a newline
+    ("json", "p.json:[2]"),
+    ("parquet", "set[2]"),
+])
+def test_a_dropped_row_is_named_by_its_place_in_the_file(form, place, tmp_path, extract, cache):
+    rows = [asked("a\nb", "c", "d"), asked("e\nf", "g", "h"), asked("i", "same", "same")]
+    extract(write_rows(tmp_path, form, rows))
+    [dropped] = rows_of(tmp_path / "run/dropped.jsonl")
+    assert dropped["where"].endswith(place)
+    assert dropped["row"] == rows[2]
+
+
+def test_half_of_the_rows_may_be_dropped(tmp_path, extract):
+    rows = [*make_pairs(2), *[asked("a", "b", "")] * 2]
+    assert "2 kept, 2 dropped" in extract(save_rows(tmp_path / "p.jsonl", rows))
+
+
+def test_more_than_half_dropped_is_an_error_and_dropped_jsonl_says_why(tmp_path, folder_of):
+    rows = [*make_pairs(2), *[asked("a", "b", "")] * 3]
+    args = ["--model", folder_of("llama"), "--pairs", save_rows(tmp_path / "p.jsonl", rows)]
+    result = command("01_extract", *args, "--layer", 0, "--run", tmp_path / "run")
+    assert_one_line_error(result, "more than half", "an empty or non-text response", "p.jsonl:3")
+    assert len(rows_of(tmp_path / "run/dropped.jsonl")) == 3
+    assert not (tmp_path / "run/pairs.jsonl").exists()
+
+
+def damaged_gzip():
+    """A gzip file with rubbish in its middle."""
+    lines = [json.dumps(row) + "\n" for row in make_pairs(100)]
+    data = bytearray(gzip.compress("".join(lines).encode()))
+    data[60:90] = b"\xff" * 30
+    return bytes(data)
+
+
+COLUMNS = "prompt, chosen, rejected"
+OTHER = b'{"question": "q", "answer": "a"}\n'
+BAD_FILES = {       # (name, bytes, what the message says); test_bad_input.py has more of them
+    "other columns": ("p.jsonl", OTHER, f"answer, question .*{COLUMNS}"),
+    "other columns of a table": ("p.csv", b"good,bad\na,b\n", f"bad, good .*{COLUMNS}"),
+    "damaged gzip": ("p.jsonl.gz", damaged_gzip(), r"not readable as jsonl \(.*p\.jsonl\.gz"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_file_that_cannot_be_read_is_an_error_that_says_what_it_needs(case, tmp_path, folder_of):
+    name, data, says = BAD_FILES[case]
+    (tmp_path / name).write_bytes(data)
+    args = ["--model", folder_of("llama"), "--pairs", tmp_path / name, "--layer", 0]
+    result = command("01_extract", *args, "--run", tmp_path / "run")
+    assert_one_line_error(result)
+    assert re.search(says, result[2])

@@ -2,206 +2,332 @@
 
 import builtins
 import importlib
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny import assert_one_line_error, command, save_rows, succeed
 
 from parts import files
-from parts.files import read_meta, write_text
+from parts.files import load_stage, read_meta, save_stage, write_text
+from parts.statistics import summary
+from sae import load_sae
 
-stage1, stage2, stage3, stage4 = (importlib.import_module(n) for n in ("01_extract", "02_select_features", "03_train_head", "04_evaluate"))
+stage1 = importlib.import_module("01_extract")
+stage2 = importlib.import_module("02_select_features")
+stage3 = importlib.import_module("03_train_head")
+SHARD = "activations/layer1-00000-of-00001.safetensors"
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A finished run that a test may change."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+@pytest.fixture
+def sae(finished):
+    """The SAE of the finished run → its path."""
+    return finished.parent / "sae.safetensors"
 
 
 # ---------------------------------------------------------------- NaN and Inf
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_pair_whose_activations_are_not_finite_is_named_and_no_shard_is_written(value, tmp_path, folder_of, monkeypatch):
-    pairs, real = tiny.save_pairs(tmp_path / "p.jsonl", 6), stage1.fill_residuals
+def test_a_pair_with_a_state_that_is_not_finite_is_named(value, tmp_path, folder_of, monkeypatch):
+    pairs = tiny.save_pairs(tmp_path / "p.jsonl", 6)
+    fill_residuals = stage1.fill_residuals
 
     def spoilt(out, *rest):
-        real(out, *rest)[0, 7, 3] = value           # the rejected side of the fourth pair
+        fill_residuals(out, *rest)
+        out[0, 7, 3] = value                        # the rejected side of the fourth pair
         return out
+
     monkeypatch.setattr(stage1, "fill_residuals", spoilt)
-    with tiny.argv("--model", folder_of("llama"), "--pairs", pairs, "--layer", 1, "--run", tmp_path / "run"), \
-            pytest.raises(stage1.UserError, match="NaN or Inf.* · pair p3 · "):
-        stage1.main()
+    args = ["--model", folder_of("llama"), "--pairs", pairs, "--layer", 1]
+    with tiny.argv(*args, "--run", tmp_path / "run"):
+        with pytest.raises(stage1.UserError, match="NaN or Inf.* · pair p3 · "):
+            stage1.main()
     assert not (tmp_path / "run/activations").exists()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-@pytest.mark.parametrize("file, script", [("activations/layer1-00000-of-00001.safetensors", "02_select_features"),
-                                          ("features.safetensors", "03_train_head")])
-def test_numbers_that_are_not_finite_are_never_trained_on(value, file, script, finished, tmp_path):
-    run = shutil.copytree(finished, tmp_path / "run")
-    tensors, meta = stage1.load_stage(run / file)
+@pytest.mark.parametrize("stage, read, made", [
+    (2, SHARD, "features.safetensors"),
+    (3, "features.safetensors", "reward_head.safetensors"),
+], ids=["stage 2", "stage 3"])
+def test_numbers_that_are_not_finite_are_never_trained_on(stage, read, made, value, run, sae):
+    tensors, meta = load_stage(run / read)
     tensors["rejected"][5, 2] = value
-    save_file(tensors, run / file, {"sparserm": json.dumps(meta, sort_keys=True)})
-    made = {"02_select_features": "features.safetensors", "03_train_head": "reward_head.safetensors"}[script]
+    save_stage(run / read, tensors, meta)
     (run / made).unlink()
-    more = ["--sae", finished.parent / "sae.safetensors"] if script[1] == "2" else []
-    assert_one_line_error(command(script, "--run", run, *more), "NaN or Inf in rejected, line 6 of pairs.jsonl", file)
+    if stage == 2:
+        result = command("02_select_features", "--run", run, "--sae", sae)
+    else:
+        result = command("03_train_head", "--run", run)
+    assert_one_line_error(result, "NaN or Inf in rejected, line 6 of pairs.jsonl", read)
     assert not (run / made).exists()
 
 
 # ---------------------------------------------------------------- odd sets
 
-def stages(folder, rows, *stage1_args, k=8):
-    """Stages 1 to 4 on some rows → (exit code, stdout, stderr) of the first that fails, or of the last."""
-    model, sae = tiny.save_model(folder / "model"), tiny.save_sae(folder / "sae.safetensors", layer=1)
-    pairs, run = save_rows(folder / "p.jsonl", rows), folder / "run"
-    for script, *words in (("01_extract", "--model", model, "--pairs", pairs, "--layer", 1, "--run", run, *stage1_args),
-                           ("02_select_features", "--run", run, "--sae", sae, "--k", k), ("03_train_head", "--run", run, "--seeds", 1),
-                           ("04_evaluate", "--run", run, "--texts", 0, "--seeds", 1, "--sweeps", "none")):
-        result = command(script, *words)
+def stages(folder, rows, *stage1_args, family="llama"):
+    """Stages 1 to 3 on some rows → result of the first that fails, or of the last."""
+    model = tiny.save_model(folder / "model", family)
+    sae = tiny.save_sae(folder / "sae.safetensors", layer=1, model=model)
+    pairs = save_rows(folder / "p.jsonl", rows)
+    run = folder / "run"
+    inputs = ["--model", model, "--pairs", pairs, "--layer", 1]
+    commands = [
+        ["01_extract", *inputs, "--run", run, *stage1_args],
+        ["02_select_features", "--run", run, "--sae", sae, "--k", 8],
+        ["03_train_head", "--run", run, "--seeds", 1],
+    ]
+    for words in commands:
+        result = command(*words)
         if result[0]:
             break
     return result
 
 
 def test_one_pair_is_extracted_and_then_refused(tmp_path):
-    code, out, err = stages(tmp_path, tiny.make_pairs(1), "--split", "1,0,0")
-    assert_one_line_error((code, out, err))
-    assert re.search("no latent|dev split", err) and (tmp_path / "run/activations/layer1-00000-of-00001.safetensors").exists()
+    result = stages(tmp_path, tiny.make_pairs(1), "--split", "1,0,0")
+    assert_one_line_error(result)
+    assert re.search("no latent|dev split", result[2])
+    assert (tmp_path / "run" / SHARD).exists()
 
 
 def test_many_answers_to_one_question_fall_in_one_split_and_are_refused(tmp_path):
-    assert_one_line_error(stages(tmp_path, [row | {"prompt": "Is water wet?"} for row in tiny.make_pairs(20)]), "split", "more pairs")
+    rows = [row | {"prompt": "Is water wet?"} for row in tiny.make_pairs(20)]
+    assert_one_line_error(stages(tmp_path, rows), "split", "more pairs")
 
 
-def test_more_latents_asked_for_than_separate_keeps_those_that_do_and_says_so(tmp_path):
-    code, _, err = stages(tmp_path, tiny.make_pairs(60), k=5000)
-    meta = read_meta(tmp_path / "run/features.safetensors")
-    assert code == 0 and 0 < meta["k"] < 64 and meta["k_asked"] == 5000, err
-    sae = tmp_path / "sae.safetensors"
-    assert "only so many separate; 5000 asked" in succeed("02_select_features", "--run", tmp_path / "run", "--sae", sae, "--k", 5000)
+def test_more_latents_asked_for_than_separate_keeps_those_that_do_and_says_so(run, sae):
+    out = succeed("02_select_features", "--run", run, "--sae", sae, "--k", 5000)
+    meta = read_meta(run / "features.safetensors")
+    assert 0 < meta["k"] < 64
+    assert meta["k_asked"] == 5000
+    assert "only so many separate; 5000 asked" in out
 
 
-def test_a_direction_whose_score_never_changes_keeps_std_1_and_adds_nothing(finished, tmp_path):
-    run = shutil.copytree(finished, tmp_path / "run")
-    shard = next((run / "activations").iterdir())
-    tensors, meta = load_file(shard), read_meta(shard)
-    sae = importlib.import_module("sae").load_sae(finished.parent / "sae.safetensors")
-    direction = sae.W_dec[int(load_file(run / "features.safetensors")["latents"][0])]
-    for side in ("chosen", "rejected"):             # every z has the same part along it
-        tensors[side] += (3.0 - tensors[side] @ direction)[:, None] * direction
-    save_file(tensors, shard, {"sparserm": json.dumps(meta, sort_keys=True)})
-    directions = torch.stack([direction, sae.W_dec[1]])
-    table = stage2.project([shard], directions)
-    mean, std = stage2.standardisation((table["chosen"], table["rejected"]), table["split"] == 0)
-    assert std[0] == 1 and mean[0] == pytest.approx(3, abs=1e-4) and std[1] != 1
-    x = [(table[side] - mean) / std for side in ("chosen", "rejected")]
-    head, loss = stage3.fit_head(*x, table["split"], epochs=20)
-    assert (x[0][:, 0] * head["w1"][0]).abs().max() < 1e-6 and loss == loss
-    succeed("02_select_features", "--run", run, "--sae", finished.parent / "sae.safetensors", "--k", 8)
+def test_the_later_stages_go_on_with_the_latents_that_there_are(run, sae):
+    succeed("02_select_features", "--run", run, "--sae", sae, "--k", 5000)
+    succeed("03_train_head", "--run", run, "--seeds", 1, "--epochs", 5)
+    succeed("04_evaluate", "--run", run, "--texts", 0, "--seeds", 1, "--sweeps", "none")
+    assert read_meta(run / "reward_head.safetensors")["k"] < 64
+
+
+# ---------------------------------------------------------------- scores that do not change
+
+@pytest.fixture
+def constant(run, sae):
+    """A run where every state has the same part, 3, along a direction → (run, it and another)."""
+    decoder = load_sae(sae).W_dec
+    first = decoder[int(load_file(run / "features.safetensors")["latents"][0])]
+    tensors, meta = load_stage(run / SHARD)
+    for side in ("chosen", "rejected"):
+        missing = 3.0 - tensors[side] @ first
+        tensors[side] += missing[:, None] * first
+    save_stage(run / SHARD, tensors, meta)
+    return run, torch.stack([first, decoder[1]])
+
+
+def standardised(run, directions):
+    """→ (chosen, rejected, split, mean, std) of a run's scores on some directions."""
+    table = stage2.project([run / SHARD], directions)
+    sides = table["chosen"], table["rejected"]
+    mean, std = stage2.standardisation(sides, table["split"] == stage1.TRAIN)
+    return (sides[0] - mean) / std, (sides[1] - mean) / std, table["split"], mean, std
+
+
+def test_a_score_that_never_changes_keeps_std_1(constant):
+    *_, mean, std = standardised(*constant)
+    assert std[0] == 1 and mean[0] == pytest.approx(3, abs=1e-4)
+    assert std[1] != 1
+
+
+def test_a_score_that_never_changes_adds_nothing_to_a_reward(constant):
+    chosen, rejected, split, _, _ = standardised(*constant)
+    head, loss = stage3.fit_head(chosen, rejected, split, epochs=20)
+    added = chosen[:, 0] * head.w1[0]
+    assert added.abs().max() < 1e-6
+    assert loss == loss                                 # not NaN
+
+
+def test_a_score_that_never_changes_leaves_the_head_finite(constant, sae):
+    run, _ = constant
+    succeed("02_select_features", "--run", run, "--sae", sae, "--k", 8)
     succeed("03_train_head", "--run", run, "--seeds", 1)
-    assert all(t.isfinite().all() for t in load_file(run / "reward_head.safetensors").values())
+    head = load_file(run / "reward_head.safetensors")
+    assert all(tensor.isfinite().all() for tensor in head.values())
 
 
-def test_scores_that_are_all_ties_give_accuracy_0_and_ties_1_and_no_crash(finished, tmp_path):
-    run = shutil.copytree(finished, tmp_path / "run")
-    tensors, meta = stage1.load_stage(run / "features.safetensors")
+def test_two_sides_that_are_equal_give_a_head_of_zeros_and_accuracy_0(run):
+    tensors, meta = load_stage(run / "features.safetensors")
     tensors["rejected"] = tensors["chosen"].clone()
-    stage1.save_stage(run / "features.safetensors", tensors, meta)
+    save_stage(run / "features.safetensors", tensors, meta)
     assert "train 0.000 · dev 0.000" in succeed("03_train_head", "--run", run, "--seeds", 1)
-    head, _ = stage1.load_stage(run / "reward_head.safetensors")
-    assert not head["w1"].any() and head["temperature"] == 1
-    row = stage4.summary(torch.zeros(1, 9).numpy(), torch.arange(9).numpy())
+    head = load_file(run / "reward_head.safetensors")
+    assert not head["w1"].any()
+    assert head["temperature"] == 1
+
+
+def test_differences_that_are_all_ties_are_no_hits_and_half_hits():
+    row = summary(torch.zeros(1, 9).numpy(), torch.arange(9).numpy())
     assert (row["accuracy"], row["ties"], row["ties_half"]) == (0, 1, 0.5)
 
 
 # ---------------------------------------------------------------- same text, same score
 
+def texts_of(rows):
+    """Rows → [(prompt, response)]."""
+    return [(row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected")]
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+TEXTS = texts_of(tiny.make_pairs(12))
+ODD = [
+    ("Is water wet?", "It is. " * 40),
+    ("a", "b"),
+    ([user("q"), {"role": "assistant", "content": "r"}, user("s")], "It is blue."),
+]
+
+
+@dataclass
+class Trained:
+    """A reward model, and what its scores are compared by."""
+    reward: object
+    head: Path
+    spread: float           # standard deviation of the scores of TEXTS
+
+
+def scores_of(reward, texts):
+    """Scores of [(prompt, response)] in one call, [n]."""
+    prompts, responses = zip(*texts)
+    return torch.tensor(reward.score(prompts, responses))
+
+
 @pytest.fixture(scope="module", params=["llama", "gemma2"])
-def reward(request, tmp_path_factory):
-    """A trained head on a family; gemma2 mixes sliding and full attention."""
+def trained(request, tmp_path_factory):
+    """A head on a model of this family; gemma2 mixes sliding and full attention."""
     folder = tmp_path_factory.mktemp("same")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiny.save_model, "__defaults__", (request.param, *tiny.save_model.__defaults__[1:]))
-        run = tiny.make_run(folder)
-    model = stage3.RewardModel.load(run / "reward_head.safetensors")
-    model.run = run
-    return model
-
-
-TEXTS = [(row["prompt"], row[side]) for row in tiny.make_pairs(40) for side in ("chosen", "rejected")]
-ODD = [("Is water wet?", "It is. " * 40), ("a", "b"), ([{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"},
-                                                       {"role": "user", "content": "s"}], "It is blue.")]
+    code, _, err = stages(folder, tiny.make_pairs(60), family=request.param)
+    assert code == 0, err
+    head = folder / "run/reward_head.safetensors"
+    reward = stage3.RewardModel.load(head)
+    return Trained(reward, head, float(scores_of(reward, TEXTS).std()))
 
 
 @settings(max_examples=40)
 @given(st.data())
-def test_a_text_has_one_score_whatever_the_batch_the_order_the_packing_and_its_neighbours(reward, data):
-    size, backbone = data.draw(st.integers(1, 64)), reward.backbone
-    some = data.draw(st.permutations(TEXTS + ODD))[:size]
-    target = data.draw(st.sampled_from(some))
-    alone = reward.score([target[0]], [target[1]])[0]
-    was = backbone.pack, backbone.budget, backbone.tokenizer.padding_side
-    try:
-        backbone.pack, backbone.budget = data.draw(st.sampled_from(["tree", "pad"])), data.draw(st.sampled_from([1, 64, 300, 5000]))
-        backbone.tokenizer.padding_side = data.draw(st.sampled_from(["left", "right"]))
-        scores = reward.score(*zip(*some))
-    finally:
-        backbone.pack, backbone.budget, backbone.tokenizer.padding_side = was
-    spread = torch.tensor(reward.score(*zip(*TEXTS))).std()
-    assert abs(scores[some.index(target)] - alone) <= 1e-3 * spread
+def test_a_text_has_one_score_whatever_it_is_read_with_and_how(trained, data):
+    some = data.draw(st.permutations(TEXTS + ODD))[:data.draw(st.integers(1, len(TEXTS)))]
+    target = data.draw(st.integers(0, len(some) - 1))
+    alone = scores_of(trained.reward, [some[target]])[0]
+
+    backbone = trained.reward.backbone
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backbone, "pack", data.draw(st.sampled_from(["tree", "pad"])))
+        patch.setattr(backbone, "budget", data.draw(st.sampled_from([1, 64, 300, 5000])))
+        side = data.draw(st.sampled_from(["left", "right"]))
+        patch.setattr(backbone.tokenizer, "padding_side", side)
+        together = scores_of(trained.reward, some)[target]
+    assert abs(together - alone) <= 1e-3 * trained.spread
 
 
-def test_left_padded_batches_of_transformers_give_the_same_scores(reward):
-    some, backbone = TEXTS[:6] + ODD, reward.backbone
-    ids = [reward.render(*text).ids for text in some]
+def test_left_padded_batches_of_transformers_give_the_same_scores(trained):
+    reward = trained.reward
+    some = TEXTS[:6] + ODD
+    ids = [reward.render(prompt, response).ids for prompt, response in some]
     longest = max(map(len, ids))
     padded = torch.tensor([[0] * (longest - len(i)) + i for i in ids])
     mask = torch.tensor([[0] * (longest - len(i)) + [1] * len(i) for i in ids])
+    positions = (mask.cumsum(1) - 1).clamp(0)
     with torch.inference_mode():
-        out = backbone.model(padded, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(0), output_hidden_states=True)
-    scores = reward.score(*zip(*some))
+        out = reward.backbone.model(padded, attention_mask=mask, position_ids=positions,
+                                    output_hidden_states=True)
     theirs = reward.reward_of(out.hidden_states[reward.meta["layer"] + 1][:, -1].float())
-    assert (theirs - torch.tensor(scores)).abs().max() <= 1e-3 * torch.tensor(scores).std()
+    assert (theirs - scores_of(reward, some)).abs().max() <= 1e-3 * trained.spread
 
 
-def test_another_process_gives_the_same_scores(reward):
-    code = ("import importlib, json; import test_odd_data as t; "
-            f"model = t.stage3.RewardModel.load({str(reward.run / 'reward_head.safetensors')!r}); "
-            "print(json.dumps(model.score(*zip(*t.TEXTS[:12]))))")
-    path = os.pathsep.join(map(str, (tiny.ROOT, tiny.ROOT / "tests")))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                          env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "3"})
-    here = reward.score(*zip(*TEXTS[:12]))
-    assert json.loads(done.stdout.splitlines()[-1]) == pytest.approx(here, abs=1e-3 * float(torch.tensor(here).std()))
+PROGRAM = """
+import importlib, json, sys
+reward = importlib.import_module("03_train_head").RewardModel.load(sys.argv[1])
+print(json.dumps(reward.score(*json.loads(sys.argv[2]))))
+"""
+
+
+def test_another_process_gives_the_same_scores(finished):
+    head = finished / "reward_head.safetensors"
+    here = scores_of(stage3.RewardModel.load(head), TEXTS)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, head, json.dumps(list(zip(*TEXTS)))],
+        capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": str(tiny.ROOT), "PYTHONHASHSEED": "3"})
+    there = torch.tensor(json.loads(done.stdout.splitlines()[-1]))
+    assert (there - here).abs().max() <= 1e-3 * here.std()
 
 
 # ---------------------------------------------------------------- what is opened, and how often
 
-def test_no_file_is_hashed_twice_in_one_command(finished, tmp_path, monkeypatch):
-    other = shutil.copytree(finished, tmp_path / "other")
-    rows = save_rows(tmp_path / "prompts.jsonl", [{"prompt": "Is water wet?"}])
-    seen, read = [], stage1.hashlib.file_digest
-    monkeypatch.setattr(stage1.hashlib, "file_digest", lambda file, kind: seen.append(os.path.realpath(file.name)) or read(file, kind))
-    pairs, sae = finished.parent / "pairs.jsonl", finished.parent / "sae.safetensors"
-    head = other / "reward_head.safetensors"
-    save_rows(tmp_path / "other.jsonl", [row | {"prompt": row["prompt"] + " Surely?"} for row in tiny.make_pairs(40)])
+@pytest.fixture
+def hashed(monkeypatch):
+    """The files that were hashed, in order."""
+    found = []
+    file_digest = files.hashlib.file_digest
+
+    def noted(file, kind):
+        found.append(os.path.realpath(file.name))
+        return file_digest(file, kind)
+
+    monkeypatch.setattr(files.hashlib, "file_digest", noted)
+    return found
+
+
+@pytest.fixture
+def other(finished, tmp_path):
+    """Stage 1 on other questions → its run."""
+    rows = [row | {"prompt": row["prompt"] + " Surely?"} for row in tiny.make_pairs(40)]
+    pairs = save_rows(tmp_path / "other.jsonl", rows)
     model = finished.parent / "model"
-    succeed("01_extract", "--model", model, "--pairs", tmp_path / "other.jsonl", "--layer", 1, "--run", tmp_path / "third")
-    for script, *words in (("01_extract", "--model", model, "--pairs", pairs, "--layer", 1, "--run", other),
-                           ("02_select_features", "--run", other, "--sae", sae, "--k", 7), ("03_train_head", "--run", other, "--seeds", 1),
-                           ("03_train_head", "--run", other, "--check"),
-                           ("04_evaluate", "--run", other, "--seeds", 1, "--sweeps", "none", "--other", f"x={tmp_path / 'third'}"),
-                           ("05_best_of_n", "sample", "--reward", head, "--prompts", rows, "--n", 2, "--max-new-tokens", 3)):
-        files.hash_once.cache_clear()              # a command is a process of its own
-        seen.clear()
-        assert command(script, *words)[0] in (0, 1)
-        assert seen and len(seen) == len(set(seen)), (script, seen)
+    args = ["--model", model, "--pairs", pairs, "--layer", 1, "--run", tmp_path / "other"]
+    succeed("01_extract", *args)
+    return tmp_path / "other"
+
+
+def test_no_file_is_hashed_twice_in_one_command(finished, run, sae, other, tmp_path, hashed):
+    inputs = ["--model", finished.parent / "model", "--pairs", finished.parent / "pairs.jsonl"]
+    prompts = save_rows(tmp_path / "prompts.jsonl", [{"prompt": "Is water wet?"}])
+    sampling = ["--prompts", prompts, "--n", 2, "--max-new-tokens", 3]
+    commands = [
+        ["01_extract", *inputs, "--layer", 1, "--run", run],
+        ["02_select_features", "--run", run, "--sae", sae, "--k", 7],
+        ["03_train_head", "--run", run, "--seeds", 1],
+        ["tools/self_check", "--run", run],
+        ["04_evaluate", "--run", run, "--seeds", 1, "--sweeps", "none", "--other", f"x={other}"],
+        ["05_best_of_n", "sample", "--reward", run / "reward_head.safetensors", *sampling],
+    ]
+    for words in commands:
+        files.hash_once.cache_clear()               # a command is a process of its own
+        hashed.clear()
+        succeed(*words)
+        assert hashed, words[0]
+        assert sorted(hashed) == sorted(set(hashed)), words[0]
 
 
 def test_a_changed_file_is_hashed_anew(tmp_path):
@@ -212,38 +338,96 @@ def test_a_changed_file_is_hashed_anew(tmp_path):
     assert len(hashes) == 3
 
 
-def test_no_path_in_a_data_row_is_opened(tmp_path, folder_of, finished, monkeypatch):
-    trap = tmp_path / "trap.txt"
-    trap.write_text("secret")
-    rows = [{**row, "id": str(trap), "prompt": f"{row['prompt']} {trap}", "source": str(trap), "image": str(trap), "file": f"file://{trap}",
-             "category": str(trap)} for row in tiny.make_pairs(10)]
-    opened, real = [], builtins.open
-    monkeypatch.setattr(builtins, "open", lambda file, *a, **k: opened.append(str(file)) or real(file, *a, **k))
+@pytest.fixture
+def opened(monkeypatch):
+    """The files that Python opened, in order."""
+    found = []
+    real = builtins.open
+
+    def noted(file, *args, **options):
+        found.append(str(file))
+        return real(file, *args, **options)
+
+    monkeypatch.setattr(builtins, "open", noted)
+    monkeypatch.setattr(io, "open", noted)          # what pathlib calls
+    return found
+
+
+@pytest.fixture
+def trap(tmp_path):
+    """A file whose name stands in the data and whose text must come out nowhere → its path."""
+    path = tmp_path / "trap.txt"
+    path.write_text("secret")
+    return path
+
+
+def test_no_path_in_a_preference_pair_is_opened(trap, tmp_path, folder_of, opened):
+    named = {name: str(trap) for name in ("id", "source", "image", "category")}
+    rows = []
+    for row in tiny.make_pairs(10):
+        rows.append({**row, **named, "prompt": f"{row['prompt']} {trap}", "file": f"file://{trap}"})
     pairs = save_rows(tmp_path / "p.jsonl", rows)
-    succeed("01_extract", "--model", folder_of("llama"), "--pairs", pairs, "--layer", 1, "--run", tmp_path / "run")
-    for command_, flag in (("rank", "--candidates"), ("sample", "--prompts")):
-        rows = [{"prompt": str(trap), "candidates": [str(trap), f"@{trap}"], "id": str(trap)}]
-        succeed("05_best_of_n", command_, flag, save_rows(tmp_path / "c.jsonl", rows), "--reward", finished / "reward_head.safetensors",
-                "--out", tmp_path / "out.jsonl", *(["--n", 1, "--max-new-tokens", 2] if command_ == "sample" else []))
-    assert opened and not [name for name in opened if "trap" in name]
-    assert "secret" not in (tmp_path / "run/pairs.jsonl").read_text() + (tmp_path / "out.jsonl").read_text()
+    args = ["--model", folder_of("llama"), "--pairs", pairs, "--layer", 1]
+    succeed("01_extract", *args, "--run", tmp_path / "run")
+    assert pairs in opened
+    assert not [name for name in opened if "trap" in name]
+    assert "secret" not in (tmp_path / "run/pairs.jsonl").read_text()
 
 
-def test_no_script_unpickles_runs_remote_code_or_evaluates_text():
-    sources = {p: p.read_text("utf-8") for p in [*tiny.ROOT.glob("*.py"), *(tiny.ROOT / "parts").glob("*.py")]}
-    assert len(sources) >= 8
-    for path, text in sources.items():
-        calls = r"pickle\.(load|Unpickler)|trust_remote_code|allow_pickle=True|weights_only=False|\b(eval|exec)\(|os\.system|shell=True"
-        assert not re.search(calls, text.replace("model.eval()", "")), path
-        assert all("weights_only=True" in call for call in re.findall(r"torch\.load\(.*", text)), path
+@pytest.mark.parametrize("words", [
+    ["rank", "--candidates"],
+    ["sample", "--n", 1, "--max-new-tokens", 2, "--prompts"],
+], ids=["rank", "sample"])
+def test_no_path_in_a_prompt_or_candidate_is_opened(words, trap, tmp_path, finished, opened):
+    row = {"prompt": str(trap), "candidates": [str(trap), f"@{trap}"], "id": str(trap)}
+    rows = save_rows(tmp_path / "c.jsonl", [row])
+    out = tmp_path / "out.jsonl"
+    reward = finished / "reward_head.safetensors"
+    succeed("05_best_of_n", *words, rows, "--reward", reward, "--out", out)
+    assert rows in opened
+    assert not [name for name in opened if "trap" in name]
+    assert "secret" not in out.read_text()
+
+
+# ---------------------------------------------------------------- nothing foreign is run
+
+SOURCES = [path for folder in (".", "parts", "tools") for path in (tiny.ROOT / folder).glob("*.py")]
+DANGEROUS = [
+    r"pickle\.(load|Unpickler)",
+    "trust_remote_code",
+    "allow_pickle=True",
+    "weights_only=False",
+    r"(?<!model\.)\b(eval|exec)\(",                # model.eval() is another one
+    r"os\.system",
+    "shell=True",
+]
+
+
+@pytest.mark.parametrize("call", DANGEROUS)
+def test_no_script_unpickles_runs_remote_code_or_evaluates_text(call):
+    assert len(SOURCES) >= 15
+    for path in SOURCES:
+        assert not re.search(call, path.read_text("utf-8")), path
+
+
+def test_torch_load_is_called_for_weights_only():
+    calls = []
+    for path in SOURCES:
+        calls += re.findall(r"torch\.load\(.*", path.read_text("utf-8"))
+    assert calls
+    assert all("weights_only=True" in call for call in calls), calls
 
 
 def test_a_model_with_code_of_its_own_is_refused_and_the_code_not_run(tmp_path, folder_of):
-    shutil.copytree(folder_of("llama"), tmp_path / "model")
-    (tmp_path / "model/modeling_own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    config = json.loads((tmp_path / "model/config.json").read_text())
-    config |= {"model_type": "own", "auto_map": {n: f"modeling_own.{n}" for n in ("AutoConfig", "AutoModelForCausalLM")}}
-    (tmp_path / "model/config.json").write_text(json.dumps(config))
-    assert_one_line_error(command("01_extract", "--model", tmp_path / "model", "--pairs", tiny.save_pairs(tmp_path / "p.jsonl", 4),
-                                  "--layer", 1, "--run", tmp_path / "run"), tmp_path / "model")
-    assert not (tmp_path / "ran").exists()
+    model = shutil.copytree(folder_of("llama"), tmp_path / "model")
+    ran = tmp_path / "ran"
+    (model / "modeling_own.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    own = {name: f"modeling_own.{name}" for name in ("AutoConfig", "AutoModelForCausalLM")}
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": own}
+    (model / "config.json").write_text(json.dumps(config))
+
+    pairs = tiny.save_pairs(tmp_path / "p.jsonl", 4)
+    args = ["--model", model, "--pairs", pairs, "--layer", 1, "--run", tmp_path / "run"]
+    assert_one_line_error(command("01_extract", *args), model)
+    assert not ran.exists()

@@ -1,14 +1,17 @@
-"""sae.py against formulas: every published layout is written on the spot and read back, and an oracle in float64 NumPy
-(each family's own equations, nothing folded) says which latents fire and what the reconstruction is."""
+"""sae.py against formulas.
 
-import importlib
+Every published layout is written on the spot and read back. An oracle in float64 NumPy (each
+family's own equations, nothing folded) says which latents fire and what the reconstruction is.
+"""
+
+import functools
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from functools import partial
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -17,266 +20,431 @@ import torch
 from safetensors.torch import save_file
 
 import sae as S
-from parts import sae_tools
+from tools.train_sae import save_sae
 
-health = importlib.import_module("02_select_features").health
-
-D, M, K = 8, 24, 5
+D, M, K = 8, 24, 5      # width of the model, latents, how many of them fire in a TopK SAE
 
 
-# ---------------------------------------------------------------- checkpoints as others publish them
+# ---------------------------------------------------------- checkpoints as others publish them
 
 def random_weights():
-    """Random tensors under their names in memory; multiples of 1/64, which bfloat16 and float16 hold exactly."""
-    g = torch.Generator().manual_seed(0)
-    draw = lambda *shape: (torch.randn(*shape, generator=g).mul(40).round() / 64).clamp(-3, 3)
-    return {"W_enc": draw(D, M), "W_dec": draw(M, D), "b_dec": draw(D),
-            **{n: draw(M) for n in ("b_enc", "threshold", "log_threshold", "b_gate", "b_mag", "r_mag")}}
+    """Random tensors under their names in memory; multiples of 1/64, which half precision holds."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        numbers = torch.randn(*shape, generator=generator)
+        return (numbers.mul(40).round() / 64).clamp(-3, 3)
+
+    weights = {"W_enc": draw(D, M), "W_dec": draw(M, D), "b_dec": draw(D)}
+    for name in ("b_enc", "threshold", "log_threshold", "b_gate", "b_mag", "r_mag"):
+        weights[name] = draw(M)
+    return weights
 
 
-SAME = {n: n for n in ("W_enc", "b_enc", "W_dec", "b_dec")}
+# a layout: (weights file, config file, {name in the file: name in memory}); .T: stored transposed
+SAME = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
 THETA = {"threshold": "threshold"}
-GEMMA = {n.lower(): n for n in (*SAME, *THETA)}
+SMALL_LETTERS = {name.lower(): name for name in SAME} | THETA
 LINEAR = {"encoder.weight": "W_enc.T", "encoder.bias": "b_enc", "decoder.weight": "W_dec.T"}
-GATED = {"encoder.weight": "W_enc.T", "decoder.weight": "W_dec.T", "decoder_bias": "b_dec", "gate_bias": "b_gate", "mag_bias": "b_mag"}
-LENS, MOSS, DL = "x/sae_weights.safetensors", "x/checkpoints/final.safetensors", "x/ae.pt"
-LAYOUTS = {     # name: (weights file, config file, {name in the file: name in memory})
-    "gemma npz": ("layer_12/width_16k/average_l0_82/params.npz", "config.json", SAME | THETA),      # google/gemma-scope-…
-    "gemma npz, small letters": ("layer_12/width_16k/average_l0_82/params.npz", "config.json", GEMMA),
-    "gemma 2": ("resid_post/layer_12_width_16k_l0_small/params.safetensors", "config.json", GEMMA),
-    "saelens": (LENS, "cfg.json", SAME),
-    "saelens jumprelu": (LENS, "cfg.json", SAME | THETA),
-    "saelens gated": (LENS, "cfg.json", {n: n for n in ("W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag")}),
-    "sparsify": ("layers.12/sae.safetensors", "cfg.json",
-                 {"encoder.weight": "W_enc.T", "encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}),
-    "llama scope": (MOSS, "hyperparams.json", LINEAR | {"decoder.bias": "b_dec"}),
-    "llama scope r1": (LENS, "config.json", LINEAR | {"decoder.bias": "b_dec", "log_jumprelu_threshold": "log_threshold"}),
-    "openmoss": (LENS, "config.json", {"W_E": "W_enc", "b_E": "b_enc", "W_D": "W_dec", "b_D": "b_dec"}),
-    "dl": (DL, "config.json", LINEAR | {"bias": "b_dec"}),
-    "dl gated": (DL, "config.json", GATED | {"r_mag": "r_mag"}),
-    "dl topk": (DL, "config.json", LINEAR | {"b_dec": "b_dec"}),
-    "dl matryoshka": (DL, "config.json", SAME),
-    "dl jumprelu": (DL, "config.json", SAME | THETA),
-    "qwen": (f"SAE-Res-Qwen3-1.7B-Base-W32K-L0_{K}/layer12.sae.pt", None, SAME | {"W_enc": "W_enc.T", "W_dec": "W_dec.T"}),
+NPZ = "layer_12/width_16k/average_l0_82/params.npz"
+SAFE = "x/sae_weights.safetensors"
+PT = "x/ae.pt"
+LAYOUTS = {
+    "gemma npz": (NPZ, "config.json", SAME | THETA),
+    "gemma npz, small letters": (NPZ, "config.json", SMALL_LETTERS),
+    "gemma 2": (
+        "resid_post/layer_12_width_16k_l0_small/params.safetensors", "config.json", SMALL_LETTERS),
+    "saelens": (SAFE, "cfg.json", SAME),
+    "saelens jumprelu": (SAFE, "cfg.json", SAME | THETA),
+    "saelens gated": (
+        SAFE, "cfg.json",
+        {name: name for name in ("W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag")}),
+    "sparsify": (
+        "layers.12/sae.safetensors", "cfg.json",
+        {"encoder.weight": "W_enc.T", "encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}),
+    "llama scope": (
+        "x/checkpoints/final.safetensors", "hyperparams.json", LINEAR | {"decoder.bias": "b_dec"}),
+    "llama scope r1": (
+        SAFE, "config.json",
+        LINEAR | {"decoder.bias": "b_dec", "log_jumprelu_threshold": "log_threshold"}),
+    "openmoss": (
+        SAFE, "config.json", {"W_E": "W_enc", "b_E": "b_enc", "W_D": "W_dec", "b_D": "b_dec"}),
+    "dl": (PT, "config.json", LINEAR | {"bias": "b_dec"}),
+    "dl gated": (
+        PT, "config.json",
+        {"encoder.weight": "W_enc.T", "decoder.weight": "W_dec.T", "decoder_bias": "b_dec",
+         "gate_bias": "b_gate", "mag_bias": "b_mag", "r_mag": "r_mag"}),
+    "dl topk": (PT, "config.json", LINEAR | {"b_dec": "b_dec"}),
+    "dl matryoshka": (PT, "config.json", SAME),
+    "dl jumprelu": (PT, "config.json", SAME | THETA),
+    "qwen": (
+        f"SAE-Res-Qwen3-1.7B-Base-W32K-L0_{K}/layer12.sae.pt", None,
+        SAME | {"W_enc": "W_enc.T", "W_dec": "W_dec.T"}),
 }
 
 
 def write(root, layout, config=None, extra=None, dtype=torch.float32, file=None):
-    """Write one checkpoint → its folder. `extra`: tensors added or replaced, by their name in the file; None removes one."""
+    """Write one checkpoint → its folder.
+
+    extra: tensors added or replaced, by their name in the file; None removes one.
+    """
     default, config_file, names = LAYOUTS[layout]
-    file, w = root / (file or default), random_weights()
-    folder = file.parent.parent if file.parent.name == "checkpoints" else file.parent
-    file.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {stored: w[n.removesuffix(".T")].T if n.endswith(".T") else w[n] for stored, n in names.items()}
-    tensors = {n: t.to(dtype).contiguous() for n, t in tensors.items()} | (extra or {})
-    tensors = {n: t for n, t in tensors.items() if t is not None}
-    if file.suffix == ".npz":
-        np.savez(file, **{n: np.asarray(t) for n, t in tensors.items()})
+    path = root / (file or default)
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    weights = random_weights()
+    tensors = {}
+    for stored, name in names.items():
+        tensor = weights[name.removesuffix(".T")]
+        tensors[stored] = (tensor.T if name.endswith(".T") else tensor).to(dtype).contiguous()
+    tensors |= extra or {}
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+    if path.suffix == ".npz":
+        np.savez(path, **{name: np.asarray(tensor) for name, tensor in tensors.items()})
+    elif path.suffix == ".pt":
+        torch.save(tensors, path)
     else:
-        (torch.save if file.suffix == ".pt" else save_file)(tensors, file)
+        save_file(tensors, path)
+
+    folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     if config is not None:
-        (folder / config_file).write_text(config if isinstance(config, str) else json.dumps(config))
+        text = config if isinstance(config, str) else json.dumps(config)
+        (folder / config_file).write_text(text)
     return folder
 
 
-# ---------------------------------------------------------------- the oracle: (input, decoder norms) → (codes, what is decoded)
+# ---------------------------------------------------------------- the oracle
 
-W64 = {n: t.numpy().astype(np.float64) for n, t in random_weights().items()}
+# An activation: (input, decoder norms) → (codes, what is multiplied with the decoder).
+W64 = {name: tensor.numpy().astype(np.float64) for name, tensor in random_weights().items()}
 
 
-def relu(x, n):
+def relu(x, norms):
     f = np.maximum(x @ W64["W_enc"] + W64["b_enc"], 0)
     return f, f
 
 
-def topk(x, n):
-    pre, f = relu(x, n)[0] * n, np.zeros((len(x), M))
+def topk(x, norms):
+    pre = relu(x, norms)[0] * norms
+    f = np.zeros((len(x), M))
     for row, values in enumerate(pre):
-        for j in sorted(range(M), key=lambda j: -values[j])[:K]:
+        for j in np.argsort(-values, kind="stable")[:K]:
             f[row, j] = values[j]
-    return f, f / n
+    return f, f / norms
 
 
-def groupmax(x, n, groups=6):
-    pre, f = relu(x, n)[0], np.zeros((len(x), M))
+def groupmax(x, norms, groups=6):
+    pre = relu(x, norms)[0]
+    f = np.zeros((len(x), M))
+    size = M // groups
     for row, values in enumerate(pre):
-        for start in range(0, M, M // groups):
-            best = max(range(start, start + M // groups), key=lambda j: values[j])
+        for first in range(0, M, size):
+            best = first + np.argmax(values[first:first + size])
             f[row, best] = values[best]
     return f, f
 
 
-def jumprelu(x, n, theta=W64["threshold"]):
+def jumprelu(x, norms, theta=W64["threshold"]):
     pre = x @ W64["W_enc"] + W64["b_enc"]
-    f = np.where((pre * n > theta) & (pre > 0), pre, 0)
+    f = np.where((pre * norms > theta) & (pre > 0), pre, 0)
     return f, f
 
 
-def gated(x, n):
+def gated(x, norms):
     magnitude = x @ (W64["W_enc"] * np.exp(W64["r_mag"])) + W64["b_mag"]
     f = np.where(x @ W64["W_enc"] + W64["b_gate"] > 0, np.maximum(magnitude, 0), 0)
     return f, f
 
 
-jumprelu_06 = partial(jumprelu, theta=0.6)
-jumprelu_raw = partial(jumprelu, theta=0.6 * np.sqrt(D) / 4)         # Llama Scope's scalar is in units of the raw stream
-jumprelu_log = partial(jumprelu, theta=np.exp(W64["log_threshold"]))
+jumprelu_06 = functools.partial(jumprelu, theta=0.6)
+jumprelu_log = functools.partial(jumprelu, theta=np.exp(W64["log_threshold"]))
+# the scalar of Llama Scope is in units of the raw stream
+jumprelu_raw = functools.partial(jumprelu, theta=0.6 * np.sqrt(D) / 4)
 
 
-def oracle(z, act, subtract=True, scale=(1, 1), norms=False, token=None):
-    """What a family computes for vectors z [n, d] → (codes, reconstruction), float64."""
+def oracle(z, activation, subtract=True, scale=(1, 1), norms=False, token=None):
+    """What a family computes for vectors z [n, d] → (codes, reconstruction), float64.
+
+    subtract: b_dec from the input. scale: of what goes in and out. norms: decoder norms are in the
+    gate. token: what every token is scaled by, its norm or (layer) its mean and deviation.
+    """
     x, times, plus = z, 1, 0
     if token == "norm":
         times = np.linalg.norm(z, axis=1, keepdims=True) / np.sqrt(D)
         x = z / times
     if token == "layer":
-        plus, times = z.mean(1, keepdims=True), z.std(1, ddof=1, keepdims=True)
+        plus = z.mean(1, keepdims=True)
+        times = z.std(1, ddof=1, keepdims=True)
         x = (z - plus) / (times + 1e-5)
-    n = np.linalg.norm(W64["W_dec"], axis=1) if norms else np.ones(M)
-    f, decoded = act(scale[0] * x - (W64["b_dec"] if subtract else 0), n)
+
+    decoder_norms = np.linalg.norm(W64["W_dec"], axis=1) if norms else np.ones(M)
+    b_in = W64["b_dec"] if subtract else 0
+    f, decoded = activation(scale[0] * x - b_in, decoder_norms)
     return f, (decoded @ W64["W_dec"] + W64["b_dec"]) / scale[1] * times + plus
 
+
+# ---------------------------------------------------------------- the families
 
 POST = "blocks.12.hook_resid_post"
 OUTPUT = "model.layers.12.output"
 
 
 def lens(architecture=None, **settings):
-    """cfg.json of SAELens: v6 keeps the origin in `metadata`, older ones (no architecture here) at the top."""
+    """cfg.json of SAELens: v6 keeps the origin in `metadata`, older ones at the top."""
     origin = {"model_name": "m", "hook_name": POST}
-    return {"architecture": architecture, "metadata": origin, **settings} if architecture else {**origin, **settings}
+    if architecture:
+        return {"architecture": architecture, "metadata": origin, **settings}
+    return {**origin, **settings}
 
 
 def moss(act="jumprelu", **settings):
     """hyperparams.json or config.json of OpenMOSS."""
-    return {"act_fn": act, "hook_point_in": POST, "hook_point_out": POST, "use_glu_encoder": False, "norm_activation": "dataset-wise",
-            "dataset_average_activation_norm": {"in": 4.0, "out": 5.0}, "jump_relu_threshold": 0.6, "top_k": K, **settings}
+    return {"act_fn": act, "hook_point_in": POST, "hook_point_out": POST, "use_glu_encoder": False,
+            "norm_activation": "dataset-wise", "jump_relu_threshold": 0.6, "top_k": K,
+            "dataset_average_activation_norm": {"in": 4.0, "out": 5.0}, **settings}
 
 
 def dl(name, **settings):
-    return {"trainer": {"dict_class": name, "layer": 12, "lm_name": "m", "submodule_name": "resid_post_layer_12", **settings}}
+    """config.json of dictionary_learning."""
+    trainer = {"dict_class": name, "layer": 12, "lm_name": "m",
+               "submodule_name": "resid_post_layer_12", **settings}
+    return {"trainer": trainer}
 
 
 def scalars(threshold, **more):
+    """What a TopK SAE of dictionary_learning keeps beside the weights."""
     return {"k": torch.tensor(K), "threshold": torch.tensor(threshold), **more}
 
 
-RAW, NORMS = {"subtract": False}, {"norms": True}
+@dataclass
+class Family:
+    """A published kind of SAE: how it lies on disk, and what it computes."""
+    name: str
+    layout: str
+    config: object                                  # None: there is no configuration
+    activation: object                              # of the oracle
+    reading: dict = field(default_factory=dict)     # settings of the oracle
+    extra: dict = field(default_factory=dict)       # tensors added
+    warns: bool = False                             # something has to be guessed, and that is said
+
+
+RAW = {"subtract": False}
+NORMS = {"norms": True}
 DATA = {"scale": (0.7, 0.7)}
 SCOPE = {"subtract": False, "scale": (np.sqrt(D) / 4, np.sqrt(D) / 5)}
-AVERAGE, PER_TOKEN = "expected_average_only_in", "constant_norm_rescale"
+SCOPE_ONE_NORM = {"subtract": False, "scale": (np.sqrt(D) / 4, np.sqrt(D) / 4)}
+AVERAGE = "expected_average_only_in"
+PER_TOKEN = "constant_norm_rescale"
 NESTED = {"group_sizes": torch.tensor([8, 16])}
-FAMILIES = [    # what it is: (layout, config, activation of the oracle, its settings, extra tensors)
-    ("Gemma Scope", "gemma npz", None, jumprelu, RAW),
-    ("Gemma Scope, small letters", "gemma npz, small letters", None, jumprelu, RAW),
-    ("Gemma Scope 2", "gemma 2", {"model_name": "m", "hf_hook_point_in": OUTPUT, "hf_hook_point_out": OUTPUT}, jumprelu, RAW),
-    ("Gemma Scope 2 without config", "gemma 2", None, jumprelu, RAW),
-    ("SAELens standard", "saelens", lens("standard"), relu),
-    ("SAELens topk", "saelens", lens("topk", k=K), topk),
-    ("SAELens jumprelu", "saelens jumprelu", lens("jumprelu"), jumprelu),
-    ("SAELens gated", "saelens gated", lens("gated"), gated),
-    ("SAELens v3", "saelens", {"hook_point": POST, "normalize_activations": False}, relu),
-    ("SAELens v5 topk", "saelens", lens(activation_fn_str="topk", activation_fn_kwargs={"k": K}), topk),
-    ("SAELens b_dec not subtracted", "saelens jumprelu", lens("jumprelu", apply_b_dec_to_input=False), jumprelu, RAW),
-    ("SAELens decoder norms", "saelens", lens("topk", k=K, rescale_acts_by_decoder_norm=True), topk, NORMS),
-    ("SAELens token norm", "saelens jumprelu", lens("jumprelu", normalize_activations=PER_TOKEN), jumprelu, {"token": "norm"}),
-    ("SAELens layer norm", "saelens", lens("standard", normalize_activations="layer_norm"), relu, {"token": "layer"}),
-    ("SAELens data scale", "saelens", lens("standard", normalize_activations=AVERAGE, norm_scaling_factor=0.7), relu, DATA),
-    ("SAELens data scale v3", "saelens", lens(normalize_activations=True, norm_scaling_factor=0.7), relu, DATA),
-    ("SAELens factor of ones", "saelens", lens("standard"), relu, {}, {"scaling_factor": torch.ones(M)}),
-    ("sparsify topk", "sparsify", {"activation": "topk", "k": K, "num_latents": M, "transcode": False}, topk),
-    ("sparsify topk by default", "sparsify", {"k": K, "expansion_factor": 3, "d_in": D}, topk),
-    ("sparsify groupmax", "sparsify", {"activation": "groupmax", "k": 6}, groupmax),
-    ("Llama Scope", "llama scope", moss(), jumprelu_raw, SCOPE),
-    ("Llama Scope, norms", "llama scope", moss(sparsity_include_decoder_norm=True), jumprelu_raw, SCOPE | NORMS),
-    ("Llama Scope topk", "llama scope", moss("topk"), topk, SCOPE),
-    ("Llama Scope topk, norms", "llama scope", moss("topk", sparsity_include_decoder_norm=True), topk, SCOPE | NORMS),
-    ("Llama Scope, b_dec subtracted", "llama scope", moss(apply_decoder_bias_to_pre_encoder=True), jumprelu_raw,
-     SCOPE | {"subtract": True}),
-    ("Llama Scope R1", "llama scope r1", moss(norm_activation="inference"), jumprelu_log, RAW),
-    ("OpenMOSS inference", "openmoss", moss("topk", norm_activation="inference"), topk, RAW),
-    ("OpenMOSS token-wise, norms", "openmoss", moss(norm_activation="token-wise", sparsity_include_decoder_norm=True), jumprelu_06,
-     {**RAW, **NORMS, "token": "norm"}),
-    ("OpenMOSS log threshold", "openmoss", moss(), jumprelu_log, SCOPE, {"log_jumprelu_threshold": random_weights()["log_threshold"]}),
-    ("OpenMOSS scale and threshold as tensors", "openmoss", moss(dataset_average_activation_norm=None), jumprelu_log,
-     RAW | {"scale": (np.sqrt(D) / 4, np.sqrt(D) / 4)}, {"activation_function.log_jumprelu_threshold": random_weights()["log_threshold"],
-                                                         f"dataset_average_activation_norm.{POST}": torch.tensor(4.0)}),
-    ("dl AutoEncoder", "dl", dl("AutoEncoder"), relu),
-    ("dl Gated", "dl gated", dl("GatedAutoEncoder"), gated),
-    ("dl TopK", "dl topk", dl("AutoEncoderTopK"), topk, {}, scalars(0.6)),
-    ("dl BatchTopK", "dl topk", dl("BatchTopKSAE"), jumprelu_06, {}, scalars(0.6)),
-    ("dl BatchTopK, threshold never set", "dl topk", dl("BatchTopKSAE"), topk, {}, scalars(-1.0)),
-    ("dl Matryoshka", "dl matryoshka", dl("MatryoshkaBatchTopKSAE"), jumprelu_06, {}, scalars(0.6, **NESTED)),
-    ("dl Matryoshka, threshold never set", "dl matryoshka", dl("MatryoshkaBatchTopKSAE"), topk, {}, scalars(-1.0, **NESTED)),
-    ("dl JumpReLU", "dl jumprelu", dl("JumpReluAutoEncoder"), jumprelu, RAW),
-    ("Qwen-Scope", "qwen", None, topk, RAW),
+LOG_THETA = random_weights()["log_threshold"]
+GEMMA_2 = {"model_name": "m", "hf_hook_point_in": OUTPUT, "hf_hook_point_out": OUTPUT}
+
+FAMILIES = [
+    Family("Gemma Scope", "gemma npz", None, jumprelu, RAW),
+    Family("Gemma Scope, small letters", "gemma npz, small letters", None, jumprelu, RAW),
+    Family("Gemma Scope 2", "gemma 2", GEMMA_2, jumprelu, RAW),
+    Family("Gemma Scope 2 without config", "gemma 2", None, jumprelu, RAW),
+
+    Family("SAELens standard", "saelens", lens("standard"), relu),
+    Family("SAELens topk", "saelens", lens("topk", k=K), topk),
+    Family("SAELens jumprelu", "saelens jumprelu", lens("jumprelu"), jumprelu),
+    Family("SAELens gated", "saelens gated", lens("gated"), gated),
+    Family("SAELens v3", "saelens", {"hook_point": POST, "normalize_activations": False}, relu),
+    Family("SAELens v5 topk", "saelens",
+           lens(activation_fn_str="topk", activation_fn_kwargs={"k": K}), topk),
+    Family("SAELens b_dec not subtracted", "saelens jumprelu",
+           lens("jumprelu", apply_b_dec_to_input=False), jumprelu, RAW),
+    Family("SAELens decoder norms", "saelens",
+           lens("topk", k=K, rescale_acts_by_decoder_norm=True), topk, NORMS),
+    Family("SAELens token norm", "saelens jumprelu",
+           lens("jumprelu", normalize_activations=PER_TOKEN), jumprelu, {"token": "norm"}),
+    Family("SAELens layer norm", "saelens",
+           lens("standard", normalize_activations="layer_norm"), relu, {"token": "layer"}),
+    Family("SAELens data scale", "saelens",
+           lens("standard", normalize_activations=AVERAGE, norm_scaling_factor=0.7), relu, DATA),
+    Family("SAELens data scale v3", "saelens",
+           lens(normalize_activations=True, norm_scaling_factor=0.7), relu, DATA),
+    Family("SAELens factor of ones", "saelens", lens("standard"), relu,
+           extra={"scaling_factor": torch.ones(M)}),
+
+    Family("sparsify topk", "sparsify",
+           {"activation": "topk", "k": K, "num_latents": M, "transcode": False}, topk),
+    Family("sparsify topk by default", "sparsify",
+           {"k": K, "expansion_factor": 3, "d_in": D}, topk),
+    Family("sparsify groupmax", "sparsify", {"activation": "groupmax", "k": 6}, groupmax),
+
+    Family("Llama Scope", "llama scope", moss(), jumprelu_raw, SCOPE),
+    Family("Llama Scope, norms", "llama scope",
+           moss(sparsity_include_decoder_norm=True), jumprelu_raw, SCOPE | NORMS),
+    Family("Llama Scope topk", "llama scope", moss("topk"), topk, SCOPE),
+    Family("Llama Scope topk, norms", "llama scope",
+           moss("topk", sparsity_include_decoder_norm=True), topk, SCOPE | NORMS),
+    Family("Llama Scope, b_dec subtracted", "llama scope",
+           moss(apply_decoder_bias_to_pre_encoder=True), jumprelu_raw, SCOPE | {"subtract": True}),
+    Family("Llama Scope R1", "llama scope r1",
+           moss(norm_activation="inference"), jumprelu_log, RAW),
+    Family("OpenMOSS inference", "openmoss", moss("topk", norm_activation="inference"), topk, RAW),
+    Family("OpenMOSS token-wise, norms", "openmoss",
+           moss(norm_activation="token-wise", sparsity_include_decoder_norm=True),
+           jumprelu_06, {**RAW, **NORMS, "token": "norm"}),
+    Family("OpenMOSS log threshold", "openmoss", moss(), jumprelu_log, SCOPE,
+           extra={"log_jumprelu_threshold": LOG_THETA}),
+    Family("OpenMOSS scale and threshold as tensors", "openmoss",
+           moss(dataset_average_activation_norm=None), jumprelu_log, SCOPE_ONE_NORM,
+           extra={"activation_function.log_jumprelu_threshold": LOG_THETA,
+                  f"dataset_average_activation_norm.{POST}": torch.tensor(4.0)}),
+
+    Family("dl AutoEncoder", "dl", dl("AutoEncoder"), relu),
+    Family("dl Gated", "dl gated", dl("GatedAutoEncoder"), gated),
+    Family("dl TopK", "dl topk", dl("AutoEncoderTopK"), topk, extra=scalars(0.6)),
+    Family("dl BatchTopK", "dl topk", dl("BatchTopKSAE"), jumprelu_06, extra=scalars(0.6)),
+    Family("dl BatchTopK, threshold never set", "dl topk", dl("BatchTopKSAE"), topk,
+           extra=scalars(-1.0), warns=True),
+    Family("dl Matryoshka", "dl matryoshka", dl("MatryoshkaBatchTopKSAE"), jumprelu_06,
+           extra=scalars(0.6, **NESTED)),
+    Family("dl Matryoshka, threshold never set", "dl matryoshka", dl("MatryoshkaBatchTopKSAE"),
+           topk, extra=scalars(-1.0, **NESTED), warns=True),
+    Family("dl JumpReLU", "dl jumprelu", dl("JumpReluAutoEncoder"), jumprelu, RAW),
+
+    Family("dl AutoEncoder, no config", "dl", None, relu),
+    Family("dl Gated, no config", "dl gated", None, gated),
+    Family("dl BatchTopK, no config", "dl topk", None, jumprelu_06,
+           extra=scalars(0.6), warns=True),
+    Family("dl Matryoshka, no config", "dl matryoshka", None, jumprelu_06,
+           extra=scalars(0.6, **NESTED)),
+    Family("dl JumpReLU, no config", "dl jumprelu", None, jumprelu, RAW),
+
+    Family("Qwen-Scope", "qwen", None, topk, RAW),
 ]
-FAMILIES += [(f"{name}, no config", layout, None, *rest) for name, layout, _, *rest in FAMILIES
-             if name in ("dl AutoEncoder", "dl Gated", "dl BatchTopK", "dl Matryoshka", "dl JumpReLU")]
+every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 
 
-@pytest.mark.parametrize("layout, config, act, reading, extra", [pytest.param(*(*f, {}, {})[1:6], id=f[0]) for f in FAMILIES])
-def test_a_published_layout_gives_the_latents_and_reconstruction_of_its_equations(tmp_path, request, layout, config, act, reading, extra):
-    z = torch.randn(4, 16, D, generator=torch.Generator().manual_seed(1)) * 1.5 + 0.5
-    codes, wanted = oracle(z.double().flatten(0, 1).numpy(), act, **reading)
-    sae = S.load_sae(write(tmp_path, layout, config, extra))
-    f, case = sae.encode(z), request.node.callspec.id
-    assert f.shape == (4, 16, M) and 0.02 < (codes > 0).mean() < 0.9        # else the comparison says little
-    assert ((f > 0).flatten(0, 1).numpy() == (codes > 0)).all()
-    for got, right in ((f, codes), (sae.reconstruct(z), wanted), (sae.decode(f, like=z), wanted)):
-        assert np.linalg.norm(got.double().flatten(0, 1).numpy() - right) <= 1e-5 * np.linalg.norm(right)
-    assert sae.info["layer"] == (None if "no config" in case else 12)
-    assert bool(sae.info.get("warning")) == ("never set" in case or case == "dl BatchTopK, no config")      # a guess is said
+@pytest.fixture
+def opened(tmp_path, family):
+    """The SAE of a family, read from its files."""
+    return S.load_sae(write(tmp_path, family.layout, family.config, family.extra))
+
+
+@pytest.fixture
+def z():
+    """Residual vectors of four texts."""
+    return torch.randn(4, 16, D, generator=torch.Generator().manual_seed(1)) * 1.5 + 0.5
+
+
+def flat64(x):
+    """[.., n] → [-1, n], float64 NumPy."""
+    return x.double().flatten(0, 1).numpy()
+
+
+def assert_close(got, wanted):
+    assert np.linalg.norm(flat64(got) - wanted) <= 1e-5 * np.linalg.norm(wanted)
+
+
+@every_family
+def test_a_published_layout_gives_the_latents_of_its_equations(opened, family, z):
+    wanted, _ = oracle(flat64(z), family.activation, **family.reading)
+    codes = opened.encode(z)
+    assert codes.shape == (4, 16, M)
+    assert 0.02 < (wanted > 0).mean() < 0.9         # else the comparison says little
+    assert ((flat64(codes) > 0) == (wanted > 0)).all()
+    assert_close(codes, wanted)
+
+
+@every_family
+def test_a_published_layout_gives_the_reconstruction_of_its_equations(opened, family, z):
+    _, wanted = oracle(flat64(z), family.activation, **family.reading)
+    assert_close(opened.reconstruct(z), wanted)
+    assert_close(opened.decode(opened.encode(z), like=z), wanted)
+
+
+@every_family
+def test_the_layer_is_known_where_a_file_or_folder_says_it(opened, family):
+    says_nothing = family.name.endswith("no config")
+    assert opened.info["layer"] == (None if says_nothing else 12)
+
+
+@every_family
+def test_what_has_to_be_guessed_is_said(opened, family):
+    assert bool(opened.info.get("warning")) == family.warns
 
 
 # ---------------------------------------------------------------- the form in memory
 
-ONE_EACH = [("saelens", lens("topk", k=K, normalize_activations="layer_norm")), ("saelens gated", lens("gated")), ("llama scope", moss()),
-            ("sparsify", {"activation": "groupmax", "k": 6}), ("dl", None)]
+ONE_EACH = [
+    ("saelens", lens("topk", k=K, normalize_activations="layer_norm")),
+    ("saelens gated", lens("gated")),
+    ("llama scope", moss()),
+    ("sparsify", {"activation": "groupmax", "k": 6}),
+    ("dl", None),
+]
+one_of_each = pytest.mark.parametrize("layout, config", ONE_EACH)
 
 
 def assert_same(a, b):
-    for name in S.NAMES:
+    """Two SAEs with the same float32 weights, settings and origin."""
+    for name in S.TENSORS:
         x, y = getattr(a, name), getattr(b, name)
-        assert (x is None and y is None) or (x.dtype == y.dtype == torch.float32 and torch.equal(x, y)), name
-    assert (a.activation, a.k, a.norm, a.info["layer"], a.info["layout"]) == (b.activation, b.k, b.norm, b.info["layer"], b.info["layout"])
+        if x is None or y is None:
+            assert x is y, name
+        else:
+            assert x.dtype == y.dtype == torch.float32 and torch.equal(x, y), name
+    for name in ("activation", "k", "norm"):
+        assert getattr(a, name) == getattr(b, name), name
+    for name in ("layer", "layout"):
+        assert a.info[name] == b.info[name], name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("layout, config", ONE_EACH)
-def test_half_precision_is_read_into_float32_and_a_file_named_itself_is_its_folder(tmp_path, layout, config, dtype):
-    whole = S.load_sae(write(tmp_path / "float32", layout, config))
-    write(tmp_path / "half", layout, config, dtype=dtype)
-    assert_same(S.load_sae(tmp_path / "half" / LAYOUTS[layout][0]), whole)
+@one_of_each
+def test_half_precision_is_read_into_float32(tmp_path, layout, config, dtype):
+    whole = write(tmp_path / "float32", layout, config)
+    half = write(tmp_path / "half", layout, config, dtype=dtype)
+    assert_same(S.load_sae(half), S.load_sae(whole))
 
 
-@pytest.mark.parametrize("layout, config", ONE_EACH)
+@one_of_each
+def test_a_file_named_itself_is_read_as_its_folder_is(tmp_path, layout, config):
+    folder = write(tmp_path, layout, config)
+    assert_same(S.load_sae(tmp_path / LAYOUTS[layout][0]), S.load_sae(folder))
+
+
+@one_of_each
 def test_saving_and_loading_gives_the_same_sae(tmp_path, layout, config):
     first = S.load_sae(write(tmp_path, layout, config))
-    sae_tools.save_sae(first, tmp_path / "own" / "sae.safetensors")
+    save_sae(first, tmp_path / "own" / "sae.safetensors")
     again = S.load_sae(tmp_path / "own")
     assert_same(again, first)
-    assert (again.d_model, again.d_sae) == (D, M) and os.listdir(tmp_path / "own") == ["sae.safetensors"]
+    assert (again.d_model, again.d_sae) == (D, M)
+
+
+def test_saving_writes_one_file_and_nothing_else(tmp_path):
+    save_sae(S.load_sae(write(tmp_path, "saelens", lens())), tmp_path / "own" / "sae.safetensors")
+    assert os.listdir(tmp_path / "own") == ["sae.safetensors"]
 
 
 def plain_sae(activation, **settings):
     """Three latents in two dimensions: x, y, and one that never fires."""
     W = torch.tensor([[1.0, 0, 0], [0, 1, 0]])
-    return S.SAE(W, torch.zeros(3), W.T.contiguous(), torch.zeros(2), torch.zeros(2), activation, **settings)
+    zero = torch.zeros(2)
+    return S.SAE(W, torch.zeros(3), W.T.contiguous(), zero, zero, activation, **settings)
 
 
 def test_a_negative_jumprelu_threshold_lets_no_negative_value_through():
-    f = plain_sae("jumprelu", threshold=torch.full((3,), -5.0)).encode(torch.tensor([[-1.0, 2.0], [-9.0, -0.5]]))
+    sae = plain_sae("jumprelu", threshold=torch.full((3,), -5.0))
+    f = sae.encode(torch.tensor([[-1.0, 2.0], [-9.0, -0.5]]))
     assert f.tolist() == [[0, 2, 0], [0, 0, 0]]
 
 
 def test_a_jumprelu_latent_exactly_at_its_threshold_does_not_fire():
-    f = plain_sae("jumprelu", threshold=torch.full((3,), 2.0)).encode(torch.tensor([[2.0, 2.5]]))
+    sae = plain_sae("jumprelu", threshold=torch.full((3,), 2.0))
+    f = sae.encode(torch.tensor([[2.0, 2.5]]))
     assert f.tolist() == [[0, 2.5, 0]]
 
 
 def test_zeros_among_the_k_largest_do_not_fire():
-    f = plain_sae("topk", k=2).encode(torch.tensor([[-1.0, 2.0], [-1.0, -1.0], [3.0, 2.0]]))
+    sae = plain_sae("topk", k=2)
+    f = sae.encode(torch.tensor([[-1.0, 2.0], [-1.0, -1.0], [3.0, 2.0]]))
     assert f.tolist() == [[0, 2, 0], [0, 0, 0], [3, 2, 0]]
 
 
@@ -284,6 +452,14 @@ def test_decoding_per_token_scaled_latents_without_their_input_is_refused():
     sae = plain_sae("relu", norm="constant_norm_rescale")
     with pytest.raises(S.SAEError, match="constant_norm_rescale"):
         sae.decode(sae.encode(torch.ones(1, 2)))
+
+
+def test_health_equals_a_figure_worked_by_hand():
+    # top-1 of (4, 1) and (0, 1) keeps (4, 0) and (0, 1): error 1
+    # around the mean (2, 1) the total is 4 + 4
+    got = S.health(plain_sae("topk", k=1), torch.tensor([[4.0, 1.0], [0.0, 1.0]]))
+    assert got == {"explained_variance": pytest.approx(1 - 1 / 8), "l0": 1.0,
+                   "silent": pytest.approx(1 / 3), "n": 2}
 
 
 # ---------------------------------------------------------------- refusals
@@ -297,104 +473,164 @@ class Trap:
         return os.mkdir, (self.path,)
 
 
-SKIP, LONG, NAN = torch.zeros(D, D), torch.zeros(M + 1), torch.full((M,), float("nan"))
-REFUSED = [     # (layout, config, extra tensors, what the error names[, weights file])
-    ("sparsify", {"k": K, "transcode": True}, {}, "transcode"),
-    ("sparsify", {"k": K, "skip_connection": True}, {}, "skip_connection"),
-    ("sparsify", {"k": K}, {"W_skip": SKIP}, "W_skip"),
-    ("gemma 2", None, {"affine_skip_connection": SKIP}, "affine_skip_connection"),
-    ("gemma 2", {"hf_hook_point_in": "model.layers.12.input", "hf_hook_point_out": OUTPUT}, {}, "model.layers.12.(input|output)"),
-    ("llama scope", moss(hook_point_out="blocks.13.hook_resid_post"), {}, "blocks.1[23].hook_resid_post"),
-    ("llama scope", moss(use_glu_encoder=True), {}, "use_glu_encoder"),
-    ("sparsify", {"k": K}, {}, r"trained on layers\.5\.mlp", "layers.5.mlp/sae.safetensors"),
-    ("saelens", lens("standard", metadata={"hook_name": "blocks.3.hook_mlp_out"}), {}, "blocks.3.hook_mlp_out"),
-    ("saelens", {"hook_point": "blocks.3.attn.hook_z"}, {}, "blocks.3.attn.hook_z"),
-    ("dl", dl("AutoEncoder", submodule_name="mlp_layer_12"), {}, "mlp_layer_12"),
-    ("saelens", lens("temporal"), {}, "temporal"),
-    ("saelens", lens("transcoder"), {}, "transcoder"),
-    ("saelens", lens(activation_fn_str="tanh-relu"), {}, "tanh-relu"),
-    ("sparsify", {"k": K, "activation": "abstopk"}, {}, "abstopk"),
-    ("llama scope", moss("prolu"), {}, "prolu"),
-    ("llama scope", moss(norm_activation="batch-wise"), {}, "batch-wise"),
-    ("saelens", lens("standard", normalize_activations=AVERAGE), {}, "norm_scaling_factor"),
-    ("saelens", lens(normalize_activations=True), {}, "norm_scaling_factor"),
-    ("saelens", lens("standard", normalize_activations="z-score"), {}, "z-score"),
-    ("saelens", lens("standard"), {"scaling_factor": torch.full((M,), 2.0)}, "scaling_factor"),
-    ("saelens", lens("standard"), {"b_enc": LONG}, r"b_enc.*\[25\].*\[24\]"),
-    ("saelens", lens("standard"), {"W_dec": torch.zeros(D, M)}, r"W_dec.*\[8, 24\].*\[24, 8\]"),
-    ("saelens", lens("topk", k=K, rescale_acts_by_decoder_norm=True), {"b_enc": LONG}, r"b_enc.*25"),
-    ("saelens jumprelu", lens("jumprelu"), {"threshold": LONG}, r"threshold.*\[25\].*\[24\]"),
-    ("saelens", lens("standard"), {"W_enc": torch.zeros(M)}, "W_enc"),
-    ("llama scope", moss(sparsity_include_decoder_norm=True), {"decoder.weight": torch.zeros(M, D)}, "W_dec|decoder.weight"),
-    ("gemma npz", None, {"b_enc": NAN}, "b_enc.*NaN"),
-    ("saelens jumprelu", lens("jumprelu"), {"threshold": NAN}, "threshold.*NaN"),
-    ("llama scope", moss(), {"decoder.bias": torch.full((D,), float("inf"))}, "b_dec.*Inf"),
-    ("saelens", lens("standard"), {"b_enc": None}, "b_enc"),
-    ("saelens gated", lens("gated"), {"r_mag": None}, "r_mag"),
-    ("saelens", lens("jumprelu"), {}, "threshold"),
-    ("saelens", lens("topk"), {}, "'k'"),
-    ("saelens", lens(activation_fn_str="topk", activation_fn_kwargs={}), {}, r"\bk\b"),
-    ("saelens", lens("standard", metadata=[1]), {}, "metadata|configuration"),
-    ("dl", {"trainer": "x"}, {}, "trainer|configuration"),
-    ("sparsify", None, {}, "'k'"),
-    ("sparsify", {"k": M + 1}, {}, "k = 25"),
-    ("llama scope", moss(dataset_average_activation_norm=None), {}, "dataset_average_activation_norm"),
-    ("qwen", None, {}, "--k-sae", "layer12.sae.pt"),
-    ("saelens", lens("standard"), {"W_enc": None}, "unknown layout.*W_dec.*known.*Gemma Scope"),
-    ("saelens", "{not json", {}, "not valid JSON.*cfg.json"),
-    ("saelens", [1], {}, "not a JSON object"),
-    ("gemma npz", None, {"b_enc": np.array([{}] * M, dtype=object)}, "not a readable.*params.npz"),
+@dataclass
+class Refused:
+    """A checkpoint that cannot be used, and what the error names."""
+    culprit: str
+    layout: str
+    config: object = None
+    extra: dict = field(default_factory=dict)
+    file: str = None
+
+
+SKIP = torch.zeros(D, D)
+LONG = torch.zeros(M + 1)
+NAN = torch.full((M,), float("nan"))
+IN_GATE = moss(sparsity_include_decoder_norm=True)
+ANOTHER_INPUT = {"hf_hook_point_in": "model.layers.12.input", "hf_hook_point_out": OUTPUT}
+REFUSED = [
+    # not an SAE of one activation
+    Refused("transcode", "sparsify", {"k": K, "transcode": True}),
+    Refused("skip_connection", "sparsify", {"k": K, "skip_connection": True}),
+    Refused("W_skip", "sparsify", {"k": K}, {"W_skip": SKIP}),
+    Refused("affine_skip_connection", "gemma 2", None, {"affine_skip_connection": SKIP}),
+    Refused("use_glu_encoder", "llama scope", moss(use_glu_encoder=True)),
+
+    # not of a block's output
+    Refused("model.layers.12.(input|output)", "gemma 2", ANOTHER_INPUT),
+    Refused("blocks.1[23].hook_resid_post", "llama scope",
+            moss(hook_point_out="blocks.13.hook_resid_post")),
+    Refused(r"trained on layers\.5\.mlp", "sparsify", {"k": K},
+            file="layers.5.mlp/sae.safetensors"),
+    Refused("blocks.3.hook_mlp_out", "saelens",
+            lens("standard", metadata={"hook_name": "blocks.3.hook_mlp_out"})),
+    Refused("blocks.3.attn.hook_z", "saelens", {"hook_point": "blocks.3.attn.hook_z"}),
+    Refused("mlp_layer_12", "dl", dl("AutoEncoder", submodule_name="mlp_layer_12")),
+
+    # a kind whose equations are not known here
+    Refused("temporal", "saelens", lens("temporal")),
+    Refused("transcoder", "saelens", lens("transcoder")),
+    Refused("tanh-relu", "saelens", lens(activation_fn_str="tanh-relu")),
+    Refused("abstopk", "sparsify", {"k": K, "activation": "abstopk"}),
+    Refused("prolu", "llama scope", moss("prolu")),
+    Refused("batch-wise", "llama scope", moss(norm_activation="batch-wise")),
+    Refused("norm_scaling_factor", "saelens", lens("standard", normalize_activations=AVERAGE)),
+    Refused("norm_scaling_factor", "saelens", lens(normalize_activations=True)),
+    Refused("z-score", "saelens", lens("standard", normalize_activations="z-score")),
+    Refused("scaling_factor", "saelens", lens("standard"),
+            {"scaling_factor": torch.full((M,), 2.0)}),
+
+    # tensors that do not fit together
+    Refused(r"b_enc.*\[25\].*\[24\]", "saelens", lens("standard"), {"b_enc": LONG}),
+    Refused(r"W_dec.*\[8, 24\].*\[24, 8\]", "saelens", lens("standard"),
+            {"W_dec": torch.zeros(D, M)}),
+    Refused("b_enc.*25", "saelens",
+            lens("topk", k=K, rescale_acts_by_decoder_norm=True), {"b_enc": LONG}),
+    Refused(r"threshold.*\[25\].*\[24\]", "saelens jumprelu", lens("jumprelu"),
+            {"threshold": LONG}),
+    Refused("W_enc", "saelens", lens("standard"), {"W_enc": torch.zeros(M)}),
+    Refused("W_dec|decoder.weight", "llama scope", IN_GATE,
+            {"decoder.weight": torch.zeros(M, D)}),
+
+    # not finite
+    Refused("b_enc.*NaN", "gemma npz", None, {"b_enc": NAN}),
+    Refused("threshold.*NaN", "saelens jumprelu", lens("jumprelu"), {"threshold": NAN}),
+    Refused("b_dec.*Inf", "llama scope", moss(),
+            {"decoder.bias": torch.full((D,), float("inf"))}),
+
+    # something is missing
+    Refused("b_enc", "saelens", lens("standard"), {"b_enc": None}),
+    Refused("r_mag", "saelens gated", lens("gated"), {"r_mag": None}),
+    Refused("threshold", "saelens", lens("jumprelu")),
+    Refused("'k'", "saelens", lens("topk")),
+    Refused(r"\bk\b", "saelens", lens(activation_fn_str="topk", activation_fn_kwargs={})),
+    Refused("'k'", "sparsify"),
+    Refused("dataset_average_activation_norm", "llama scope",
+            moss(dataset_average_activation_norm=None)),
+    Refused("--k-sae", "qwen", file="layer12.sae.pt"),
+    Refused("unknown layout.*W_dec.*known.*Gemma Scope", "saelens", lens("standard"),
+            {"W_enc": None}),
+
+    # damaged
+    Refused("k = 25", "sparsify", {"k": M + 1}),
+    Refused("metadata|configuration", "saelens", lens("standard", metadata=[1])),
+    Refused("trainer|configuration", "dl", {"trainer": "x"}),
+    Refused("not valid JSON.*cfg.json", "saelens", "{not json"),
+    Refused("not a JSON object", "saelens", [1]),
+    Refused("not a readable.*params.npz", "gemma npz", None,
+            {"b_enc": np.array([{}] * M, dtype=object)}),
 ]
 
 
-@pytest.mark.parametrize("layout, config, extra, culprit, file", [pytest.param(*(*r, None)[:5], id=f"{r[0]}: {r[3]}") for r in REFUSED])
-def test_what_cannot_be_used_is_refused_with_the_name_of_the_culprit(tmp_path, layout, config, extra, culprit, file):
+@pytest.mark.parametrize("case", REFUSED, ids=lambda case: f"{case.layout}: {case.culprit}")
+def test_what_cannot_be_used_is_refused_with_the_name_of_the_culprit(tmp_path, case):
+    folder = write(tmp_path, case.layout, case.config, case.extra, file=case.file)
     with pytest.raises(S.SAEError) as error:
-        S.load_sae(write(tmp_path, layout, config, extra, file=file))
-    assert re.search(culprit, str(error.value)) and " · " in str(error.value), error.value
+        S.load_sae(folder)
+    assert re.search(case.culprit, str(error.value)) and " · " in str(error.value), error.value
 
 
 def test_a_pickled_object_is_refused_and_not_executed(tmp_path):
+    folder = write(tmp_path, "dl", None, {"extra": Trap(tmp_path / "executed")})
     with pytest.raises(S.SAEError, match="pickle.*ae.pt"):
-        S.load_sae(write(tmp_path, "dl", None, {"extra": Trap(tmp_path / "executed")}))
+        S.load_sae(folder)
     assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize("layout", ["gemma 2", "gemma npz", "dl"])
 def test_a_truncated_file_is_called_unreadable(tmp_path, layout):
-    folder, file = write(tmp_path, layout), tmp_path / LAYOUTS[layout][0]
+    folder = write(tmp_path, layout)
+    file = tmp_path / LAYOUTS[layout][0]
     file.write_bytes(file.read_bytes()[:-200])
     with pytest.raises(S.SAEError, match=f"not a readable checkpoint.*{file.name}"):
         S.load_sae(folder)
 
 
-def test_an_empty_folder_and_a_folder_of_two_saes_are_refused_with_what_they_hold(tmp_path):
+def test_an_empty_folder_is_refused_as_one_that_holds_nothing(tmp_path):
     with pytest.raises(S.SAEError, match="holds nothing"):
         S.load_sae(tmp_path)
+
+
+def test_a_folder_of_two_saes_is_refused_with_what_it_holds(tmp_path):
     for name in ("a", "b"):
         write(tmp_path, "gemma 2", file=f"{name}.safetensors")
     with pytest.raises(S.SAEError, match="several.*a.safetensors, b.safetensors"):
         S.load_sae(tmp_path)
 
 
-# ---------------------------------------------------------------- health and the command line
+# ---------------------------------------------------------- the command line, the file alone
 
-def test_health_equals_a_figure_worked_by_hand():
-    # top-1 of (4, 1) and (0, 1) keeps (4, 0) and (0, 1): error 1; around the mean (2, 1) the total is 4 + 4
-    got = health(plain_sae("topk", k=1), torch.tensor([[4.0, 1.0], [0.0, 1.0]]))
-    assert got == {"explained_variance": pytest.approx(1 - 1 / 8), "l0": 1.0, "silent": pytest.approx(1 / 3), "n": 2}
+def command_line(*words):
+    """`python sae.py words` → what came of it."""
+    return subprocess.run([sys.executable, S.__file__, *words], capture_output=True, text=True)
 
 
-def test_info_prints_layout_and_width_and_a_missing_file_is_one_line_and_exit_code_2(tmp_path):
-    call = lambda path: subprocess.run([sys.executable, S.__file__, "info", path], capture_output=True, text=True)
-    good, bad = call(write(tmp_path, "llama scope", moss())), call(tmp_path / "missing")
-    assert good.returncode == 0 and "Llama Scope" in good.stdout and f"{D} → {M}" in good.stdout, good.stderr
-    assert bad.returncode == 2 and bad.stdout == "" and re.fullmatch(r"error: .*missing.*\n", bad.stderr)
+def test_info_prints_layout_and_width(tmp_path):
+    done = command_line("info", write(tmp_path, "llama scope", moss()))
+    assert done.returncode == 0, done.stderr
+    assert "Llama Scope" in done.stdout
+    assert f"{D} → {M}" in done.stdout
+
+
+def test_info_on_a_missing_file_is_one_line_and_exit_code_2(tmp_path):
+    done = command_line("info", tmp_path / "missing")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"error: .*missing.*\n", done.stderr)
+
+
+@pytest.mark.parametrize("name", ["check", "train"])
+def test_a_command_that_has_moved_names_its_new_place(name):
+    done = command_line(name, "--out", "x.safetensors")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(rf"error: moved · .*python -m tools\.{name}_sae\n", done.stderr)
 
 
 def test_sae_py_copied_alone_into_another_folder_reads_an_sae(tmp_path):
     shutil.copy(tiny.ROOT / "sae.py", tmp_path)
     path = tiny.save_sae(tmp_path / "own.safetensors")
-    code = f"import torch; from sae import load_sae; print(load_sae({path!r}).encode(torch.ones(2, {tiny.WIDTH})).shape)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
+    code = ("import torch; from sae import load_sae; "
+            f"print(load_sae({path!r}).encode(torch.ones(2, {tiny.WIDTH})).shape)")
+    without_project = {**os.environ, "PYTHONPATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=without_project,
+                          capture_output=True, text=True)
     assert "torch.Size([2, 64])" in done.stdout, done.stderr

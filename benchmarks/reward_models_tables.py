@@ -1,0 +1,216 @@
+"""The results of reward_models.py → its figures, and those → markdown."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from benchmarks.common import (
+    difference,
+    half,
+    head_line,
+    line,
+    pairs_by_split,
+    stage3,
+    without_zeros,
+)
+from parts.statistics import gap, summary
+
+NAMES = {
+    "sparserm": "SparseRM",
+    "searched": "SparseRM, L2 and rate by dev",
+    "full": "full fine-tuning (TRL)",
+    "lora": "LoRA (TRL, PEFT)",
+    "dense": "dense head, block L",
+    "dense_last": "dense head, last block",
+    "mlp": "2-layer MLP on z",
+    "swift": "SWIFT-style, block L",
+    "words": "words",
+    "likelihood": "log-likelihood",
+}
+
+
+# ---------------------------------------------------------------- results → figures
+
+def nll(differences, temperature):
+    """Negative log-likelihood of r_chosen - r_rejected → float."""
+    return float(F.softplus(-torch.tensor(differences) / temperature).mean())
+
+
+def temperature_of(row):
+    """Dev's own temperature, for every method by the same rule."""
+    return stage3.fit_temperature(torch.tensor(row["dev"]))
+
+
+def figures_of_sets(found, runs):
+    """The results of all jobs {(set, n): {method: [of each seed]}} → {set: {n: figures}}."""
+    pairs = {key: pairs_by_split(run) for key, run in runs.items()}
+    most = {}                           # train pairs of the largest run of each set
+    for name, n in runs:
+        most[name] = max(n, most.get(name, 0))
+    tests = {name: pairs[name, n]["test"] for name, n in most.items()}
+
+    result = {}
+    for (name, n), methods in found.items():
+        prepared = json.loads((Path(runs[name, n]) / "prepared.json").read_text("utf-8"))
+        groups = groups_of(pairs[name, n]["test"])
+        others = {other: groups_of(rows) for other, rows in tests.items() if other != name}
+        rows = {method: figures_of(name, method, seeds, methods["sparserm"], groups, others)
+                for method, seeds in methods.items()}
+        rows["sparserm"]["peak_gib"] = prepared["peak_gib"]
+        result.setdefault(name, {})[str(n)] = {
+            "pairs": {split: len(rows) for split, rows in pairs[name, n].items()},
+            "methods": rows,
+            "cut": prepared["cut"],
+            "texts": prepared["texts"],
+            "k": methods["sparserm"][0]["k"],
+            "likelihood": methods["likelihood"][0]["way"],
+        }
+    return result
+
+
+def groups_of(rows):
+    """The questions of some pairs."""
+    return np.array([row["group"] for row in rows])
+
+
+def figures_of(name, method, seeds, sparserm, groups, others):
+    """One method on one set → its row. seeds, sparserm: results of each seed."""
+    first = seeds[0]
+    ours = np.array([row["test"][name] for row in sparserm])
+    theirs = np.array([row["test"][name] for row in seeds])
+    row = {**summary(theirs, groups), "behind": gap(ours, theirs, groups)}
+    row["nll"] = float(np.mean([nll(seed["test"][name], temperature_of(seed)) for seed in seeds]))
+    for key in ("seconds", "trained"):
+        row[key] = float(np.mean([seed[key] for seed in seeds]))
+    for key in ("texts_a_second", "peak_gib"):
+        row[key] = first.get(key)
+    if method == "sparserm":
+        row["seconds_padded"] = first.get("seconds_padded")
+    known = {other: of for other, of in others.items()
+             if other in first["test"] and other in sparserm[0]["test"]}
+    if known:
+        row["others"] = on_other_sets(first, sparserm[0], known)
+    return row
+
+
+def on_other_sets(theirs, ours, groups):
+    """The first seed on the test pairs of the other sets together → its row."""
+    def pooled(row):
+        return np.concatenate([row["test"][other] for other in groups])[None]
+    where = np.concatenate([of[:len(theirs["test"][other])] for other, of in groups.items()])
+    return {**summary(pooled(theirs), where), "names": list(groups),
+            "behind": gap(pooled(ours), pooled(theirs), where)}
+
+
+# ---------------------------------------------------------------- figures → markdown
+
+COLUMNS = ("accuracy", "SparseRM minus it", "NLL", "other sets", "SparseRM minus it, there",
+           "trained parameters", "seconds", "texts/s", "peak GiB")
+
+
+def table(found):
+    """A table for each set with all its train pairs, then the curve over their number."""
+    text = ""
+    for name, sizes in found["sets"].items():
+        run = largest(sizes)
+        pairs = run["pairs"]
+        text += head_line(f"{name}: {pairs['train']} train, {pairs['test']} test pairs, "
+                          f"{run['cut']} of {run['texts']:,} texts cut", COLUMNS)
+        for method in methods_of(run):
+            row = run["methods"][method]
+            cells = cells_of(method, row, found["backbone_parameters"])
+            text += line(NAMES[method] + seeds_of(row), cells)
+        text += "\n"
+    for name, sizes in found["sets"].items():
+        if len(sizes) > 1:
+            text += curve_table(name, sizes)
+    return text
+
+
+def largest(sizes):
+    """{number of train pairs: run} → the run with most of them."""
+    return sizes[max(sizes, key=int)]
+
+
+def methods_of(*runs):
+    """The methods that any of the runs has, in the order of the tables."""
+    return [method for method in NAMES if any(method in run["methods"] for run in runs)]
+
+
+def seeds_of(row):
+    """How many seeds, where there are several."""
+    return f" ({len(row['seeds'])} seeds)" if len(row["seeds"]) > 1 else ""
+
+
+def cells_of(method, row, backbone_parameters):
+    """The cells of COLUMNS."""
+    other = row.get("others")
+    behind, behind_there = "–", "–"
+    if method != "sparserm":
+        behind = difference(row["behind"])
+        behind_there = difference(other["behind"]) if other else "–"
+    trained = "0"
+    if row["trained"]:
+        trained = f"{row['trained']:,.0f} ({share(row, backbone_parameters)})"
+    return [half(row), behind, f"{row['nll']:.3f}", half(other) if other else "–", behind_there,
+            trained, number(row["seconds"], ",.0f"), number(row["texts_a_second"], ".1f"),
+            number(row["peak_gib"], ".1f")]
+
+
+def share(row, backbone_parameters):
+    """Trained parameters as a share of the backbone's."""
+    return f"{100 * row['trained'] / backbone_parameters:.3g} %"
+
+
+def number(value, form):
+    """A dash where there is none."""
+    return f"{value:{form}}" if value else "–"
+
+
+def curve_table(name, sizes):
+    """Accuracy over the number of train pairs."""
+    runs = [sizes[n] for n in sorted(sizes, key=int)]
+    text = head_line(f"{name}, train pairs (full and LoRA: first seed)",
+                     [str(run["pairs"]["train"]) for run in runs])
+    for method in methods_of(*runs):
+        text += line(NAMES[method], [curve_cell(run["methods"].get(method)) for run in runs])
+    return text
+
+
+def curve_cell(row):
+    """The first seed's accuracy; with its interval where there is no other seed."""
+    if row is None:
+        return "–"
+    if len(row["seeds"]) == 1:
+        return half(row)
+    return without_zeros(f"{row['seeds'][0]:.3f}")
+
+
+def headline(found):
+    """Accuracy on every set, SparseRM minus each, and what it costs on the first set."""
+    runs = {name: largest(sizes) for name, sizes in found["sets"].items()}
+    name, first = next(iter(runs.items()))
+    columns = [f"{name}, {run['pairs']['train']} train pairs" for name, run in runs.items()]
+    for what in ("parameters trained", "seconds to train", "texts scored a second"):
+        columns.append(f"{what} ({name})")
+
+    text = head_line("test accuracy", columns)
+    for method in methods_of(first):
+        row = first["methods"][method]
+        trained = "0"
+        if row["trained"]:
+            trained = f"{row['trained']:,.0f}, {share(row, found['backbone_parameters'])}"
+        cells = [half(run["methods"][method]) if method in run["methods"] else "–"
+                 for run in runs.values()]
+        cells += [trained, number(row["seconds"], ",.0f"), number(row["texts_a_second"], ",.0f")]
+        text += line(NAMES[method], cells)
+
+    text += "\n" + head_line("SparseRM minus", runs)
+    for method in methods_of(first)[1:]:
+        cells = [difference(run["methods"][method]["behind"]) if method in run["methods"] else "–"
+                 for run in runs.values()]
+        text += line(NAMES[method], cells)
+    return text

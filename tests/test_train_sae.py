@@ -1,0 +1,303 @@
+"""tools/train_sae.py: what it trains on, that training helps, and that a killed one goes on."""
+
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import sae as S
+import tools.train_sae as T
+
+WORDS = "the sun is hot and water cold so people drink tea or ask why a bird can fly".split()
+ENDS = "<|im_end|>\n"           # how the template closes an answer
+
+
+@pytest.fixture
+def backbone(backbone_of):
+    """Three random blocks of width 32."""
+    return backbone_of("llama")
+
+
+def sayings(n, seed=0):
+    """n texts of six words."""
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(WORDS, 6)) for _ in range(n)]
+
+
+def chats(n, seed=0):
+    """n conversations of two turns."""
+    said = sayings(2 * n, seed)
+    return [[{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+            for asked, answer in zip(said[:n], said[n:], strict=True)]
+
+
+def settings(folder, steps, k=4, **changes):
+    """The arguments of tools.train_sae."""
+    usual = {
+        "model": "tiny", "layer": 1, "texts": "t.jsonl", "out": str(folder / "own.safetensors"),
+        "width": 48, "k": k, "end_share": 0.33, "cuts": 2, "turns": 2, "start": None,
+        "tokens": steps * 64, "batch": 64, "lr": 3e-3, "buffer": 512, "seed": 0,
+        "dead_after": 2000, "max_length": 96,
+    }
+    return SimpleNamespace(**usual | changes)
+
+
+def train(backbone, texts, args):
+    """An SAE of layer 1, and the lines that were printed meanwhile."""
+    lines = []
+    return T.train(backbone, texts, 1, args, lines.append), lines
+
+
+# ---------------------------------------------------------------- training
+
+TEXTS = {"chats": chats(40), "plain": sayings(80), "both": chats(20) + sayings(40)}
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_training_explains_more_than_the_start(tmp_path, backbone, kind):
+    texts = TEXTS[kind]
+    z, _ = T.sample_activations(backbone, texts[-8:], 1)
+    start, _ = train(backbone, texts, settings(tmp_path, 1))
+    end, _ = train(backbone, texts, settings(tmp_path, 250))
+    before, after = (S.health(sae, z)["explained_variance"] for sae in (start, end))
+    assert after > before + 0.15
+
+
+@pytest.fixture(scope="module")
+def trained(backbone_of, tmp_path_factory):
+    """A short training: its SAE, and the folder it was written into."""
+    folder = tmp_path_factory.mktemp("trained")
+    sae, _ = train(backbone_of("llama"), TEXTS["both"], settings(folder, 50))
+    return SimpleNamespace(sae=sae, folder=folder)
+
+
+def test_a_trained_sae_has_decoder_rows_of_norm_1(trained):
+    torch.testing.assert_close(trained.sae.W_dec.norm(dim=1), torch.ones(48))
+
+
+def test_no_more_than_k_latents_of_a_trained_sae_fire(trained, backbone):
+    z, _ = T.sample_activations(backbone, TEXTS["both"], 1)
+    fired = (trained.sae.encode(z) > 0).sum(1)
+    assert 1 < fired.max() <= 4
+
+
+def test_a_trained_sae_says_its_layer_and_the_number_of_its_tokens(trained):
+    assert trained.sae.info["layer"] == 1
+    assert trained.sae.info["tokens"] == 50 * 64
+
+
+def test_a_finished_training_leaves_one_file_and_no_checkpoint(trained):
+    assert os.listdir(trained.folder) == ["own.safetensors"]
+
+
+def test_the_file_of_a_training_holds_its_sae_in_half_precision(trained):
+    again = S.load_sae(trained.folder / "own.safetensors")
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec", "b_in"):
+        assert torch.equal(getattr(again, name), getattr(trained.sae, name).half().float()), name
+
+
+def test_an_sae_in_raw_units_does_what_its_parameters_did_in_scaled_ones(tmp_path):
+    args = settings(tmp_path, 1)
+    z = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)) * 5 + 3
+    state = T.start_state((z, z), args, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        state.b_enc.add_(0.5)
+        assert state.scale < 0.8 and state.b_dec.norm() > 1     # else the units would hardly differ
+
+        pre = ((z * state.scale - state.b_dec) @ state.W_enc + state.b_enc).relu()
+        kth_largest = pre.sort(1).values[:, -args.k, None]
+        f = torch.where(pre >= kth_largest, pre, 0)
+        wanted = (f @ state.W_dec + state.b_dec) / state.scale
+    got = T.finish(state, args, 1).reconstruct(z)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-4)
+
+
+def that_fire(sae, z):
+    """Which latents fire for any of some activations → bool [m]."""
+    return (sae.encode(z) > 0).any(0)
+
+
+def test_a_latent_is_idle_for_the_activations_since_it_fired_last(tmp_path):
+    args = settings(tmp_path, 3)
+    generator = torch.Generator().manual_seed(0)
+    batches = torch.randn(3, 4, 32, generator=generator)
+    state = T.start_state((batches[0], batches[0]), args, generator)
+    idle = [0] * args.width
+    for z in batches:
+        fired = that_fire(T.finish(state, args, 1), z)
+        T.train_step(state, (z, z[:0]), args)
+        idle = [0 if fires else past + 4 for fires, past in zip(fired, idle, strict=True)]
+    assert set(idle) == {0, 4, 8, 12}
+    assert state.idle.tolist() == idle
+
+
+@pytest.mark.parametrize("dead_after, learns", [(0, True), (4, False)])
+def test_only_latents_that_are_dead_learn_without_firing(tmp_path, dead_after, learns):
+    args = settings(tmp_path, 1, dead_after=dead_after)
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(4, 32, generator=generator)
+    state = T.start_state((z, z), args, generator)
+    before = state.W_dec.detach().clone()
+    silent = ~that_fire(T.finish(state, args, 1), z)
+    T.train_step(state, (z, z[:0]), args)
+    moved = (state.W_dec - before).norm(dim=1) > 1e-4
+    assert bool(moved[silent].any()) == learns
+
+
+# ---------------------------------------------------------------- going on
+
+STEPS = 40
+
+
+@pytest.fixture(params=[10, STEPS])
+def killed(request, tmp_path, backbone, monkeypatch):
+    """A training killed behind a checkpoint, or behind the last: its folder, and the step."""
+    save = T.save_checkpoint
+
+    def save_and_die(state, args):
+        save(state, args)
+        if state.step == request.param:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(T, "save_checkpoint", save_and_die)
+        train(backbone, chats(30), settings(tmp_path, STEPS))
+    return SimpleNamespace(folder=tmp_path, step=request.param)
+
+
+def test_a_killed_training_goes_on_from_its_checkpoint_and_finishes(killed, backbone):
+    sae, lines = train(backbone, chats(30), settings(killed.folder, STEPS))
+    steps = [int(line.split()[1].partition("/")[0]) for line in lines]
+    assert min(steps) >= killed.step and steps[-1] == STEPS
+    assert sae.info["tokens"] == STEPS * 64
+    assert os.listdir(killed.folder) == ["own.safetensors"]
+
+
+def test_a_checkpoint_of_other_settings_is_refused(killed, backbone):
+    with pytest.raises(S.SAEError, match="other settings"):
+        train(backbone, chats(30), settings(killed.folder, STEPS, k=3))
+
+
+def test_what_a_checkpoint_holds_is_taken_up_adams_moments_included(killed):
+    args = settings(killed.folder, STEPS)
+    before = load_file(T.checkpoint_path(args))
+    other = torch.randn(9, 32)
+    state = T.start_state((other, other), args, torch.Generator())
+    assert T.resume(state, args)
+    assert state.step == min(killed.step, STEPS - 1)        # the last step is done again
+
+    T.save_checkpoint(state, args)
+    after = load_file(T.checkpoint_path(args))
+    assert after.keys() == before.keys()
+    different = [name for name in before if not torch.equal(after[name], before[name])]
+    assert different == (["step_done"] if killed.step == STEPS else [])
+
+
+@pytest.fixture
+def first(tmp_path, backbone):
+    """A trained SAE to start from, and its file."""
+    args = settings(tmp_path, 60)
+    sae, _ = train(backbone, chats(40), args)
+    path = tmp_path / "first.safetensors"
+    T.save_sae(sae, path)
+    return SimpleNamespace(sae=sae, path=str(path))
+
+
+def test_training_starts_from_another_sae(tmp_path, backbone, first):
+    z = torch.cat(T.sample_activations(backbone, chats(20), 1))
+    one_step_that_moves_nothing = settings(tmp_path, 1, start=first.path, lr=1e-6)
+    again, _ = train(backbone, chats(40), one_step_that_moves_nothing)
+    torch.testing.assert_close(again.reconstruct(z), first.sae.reconstruct(z), rtol=1e-3, atol=1e-3)
+    assert again.info["start"] == "first.safetensors"
+
+
+def test_training_does_not_start_from_an_sae_of_another_width(tmp_path, backbone, first):
+    with pytest.raises(S.SAEError, match="47"):
+        train(backbone, chats(40), settings(tmp_path, 1, start=first.path, width=47))
+
+
+# ---------------------------------------------------------------- what it trains on
+
+def test_half_of_the_conversations_go_on_from_others():
+    talks = chats(40)
+    rng = np.random.default_rng(0)
+    longer = [T.longer_conversation(talk, talks, 3, rng) for talk in talks]
+    assert all(long[-2:] == talk for long, talk in zip(longer, talks, strict=True))
+    assert {len(long) for long in longer} == {2, 4, 6}
+    assert 10 < sum(len(long) > 2 for long in longer) < 30
+
+
+def test_a_plain_text_goes_on_from_nothing():
+    assert T.longer_conversation("text", chats(40), 3, np.random.default_rng(0)) == "text"
+
+
+def test_with_one_turn_asked_a_conversation_stays_as_it_is():
+    talks = chats(40)
+    rng = np.random.default_rng(0)
+    assert [T.longer_conversation(talk, talks, 1, rng) for talk in talks] == talks
+
+
+@pytest.fixture
+def taken(backbone):
+    """What activations() gives for some texts, and the vectors of each text run by itself."""
+    tokenizer = backbone.tokenizer
+    talks = chats(3)
+    alone = [tokenizer(text)["input_ids"] for text in ("", *sayings(2))]
+    assert len(alone[0]) == 1               # BOS alone: nothing to take
+    ended = [tokenizer.apply_chat_template(talk, return_dict=True)["input_ids"] for talk in talks]
+
+    vectors = {}                            # the tokens up to and with this one → its vector
+    for ids in alone + ended:
+        run = backbone.model(input_ids=torch.tensor([ids]), output_hidden_states=True)
+        for place, vector in enumerate(run.hidden_states[2][0]):
+            vectors[tuple(ids[:place + 1])] = vector
+
+    texts = ["", *sayings(2), *talks, talks[0]]
+    every, scored = zip(*T.activations(backbone, texts, 1, 96), strict=True)
+    return SimpleNamespace(
+        every=torch.cat(every),
+        scored=torch.cat(scored),
+        first=torch.stack([vector for ids, vector in vectors.items() if len(ids) == 1]),
+        later=torch.stack([vector for ids, vector in vectors.items() if len(ids) > 1]),
+        ends=torch.stack([vectors[tuple(ids)] for ids in ended + ended[:1]]),
+    )
+
+
+def nearest(vectors, among):
+    """The distance of each vector to the nearest of others."""
+    exact = "donot_use_mm_for_euclid_dist"
+    return torch.cdist(vectors, among, compute_mode=exact).min(1).values
+
+
+def test_every_token_but_the_first_is_there_once(taken):
+    assert len(taken.every) == len(taken.later)
+    assert nearest(taken.every, taken.later).max() < 1e-4
+    assert nearest(taken.later, taken.every).max() < 1e-4
+
+
+def test_the_first_token_of_a_text_is_in_no_batch(taken):
+    assert len(taken.first) == 2            # BOS of plain texts, <|im_start|> of the template
+    assert nearest(taken.first, taken.every).min() > 0.1
+
+
+def test_the_scored_tokens_are_the_last_ones_of_the_conversations(taken):
+    assert len(taken.scored) == len(taken.ends)
+    assert nearest(taken.scored, taken.ends).max() < 1e-4
+    assert nearest(taken.ends, taken.scored).max() < 1e-4
+
+
+def test_a_cut_conversation_ends_as_the_template_ends_it(backbone):
+    (talk,) = chats(1)
+    tokenizer = backbone.tokenizer
+    sequences, scored = T.sequences_of(backbone, [talk], 96, cuts=6, rng=np.random.default_rng(0))
+    whole = tokenizer.apply_chat_template(talk, tokenize=False)
+    answer = talk[1]["content"]
+
+    texts = [tokenizer.decode(ids) for ids in sequences]
+    assert texts[0] == whole and all(scored) and len(texts) > 3
+    for text in texts:
+        kept = text.removesuffix(ENDS)[whole.index(answer):]
+        assert text.endswith(ENDS) and kept and answer.startswith(kept)
