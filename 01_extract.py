@@ -1,21 +1,22 @@
 """Stage 1: preference pairs → residual-stream vectors of a frozen language model.
 
-reads   --pairs   prompt, chosen, rejected in any of the usual layouts (see README, "Pairs")
+reads   --pairs   prompt, chosen, rejected in any of the usual layouts (see docs/formats.md)
 writes  pairs.jsonl         id, prompt, chosen, rejected, group, split, category, source
         dropped.jsonl       rows that could not be used, with the reason
-        activations/layer16-00000-of-00001.safetensors
-            chosen, rejected [n, d]     the vector z of the scored token at the output of block L
+        activations/layer16-mean-00000-of-00001.safetensors, one set for each layer and token rule
+            chosen, rejected [n, d]     the vector z of the response at the output of block L
             pair, group [n] int64 · split [n] uint8 (0 train, 1 dev, 2 test)
             chosen_tokens, rejected_tokens [n] int32 (length of the response)
 
-    python 01_extract.py --model demo --pairs data/truthful.jsonl --layer 16 --run runs/demo
+    python 01_extract.py --model demo --pairs data/safe.jsonl --layer 16 --run runs/demo-safe
     torchrun --nproc-per-node 4 -- 01_extract.py --model … --run …
 
 (with the --, or torchrun takes --run for its own)
 
-The paper does not say which token is read: --token names four rules. It pads its batches; here
-texts that share a beginning are laid into one tree (parts/packing.py), so that no token is computed
-twice, and the forward pass ends at block L.
+The paper does not say which token is read: --token names four rules, and takes several in one pass.
+The default is the mean over the response's tokens (docs/results.md says why). The paper pads its
+batches; here texts that share a beginning are laid into one tree (parts/packing.py), so that no
+token is computed twice, and the forward pass ends at block L.
 """
 
 import argparse
@@ -35,18 +36,24 @@ from tqdm import tqdm
 
 from parts import devices
 from parts.chat import PLAIN_TEMPLATE, RenderedTexts, control_tokens, render, takes_system_turn
-from parts.files import UserError, file_hash, moved_into_place, run_main, save_stage, up_to_date
-
-# with save_stage: how other tools read and write stage files
-from parts.files import load_stage as load_stage
+from parts.files import (
+    UserError,
+    file_hash,
+    moved_into_place,
+    read_meta,
+    run_main,
+    save_stage,
+    up_to_date,
+)
+from parts.files import load_stage as load_stage  # with save_stage: how others use stage files
 from parts.models import describe, from_pretrained, load_config, load_tokenizer, probe_weights
 from parts.packing import forward_passes, packing_holds
 from parts.rows import read_rows, usable_pairs
 
 SPLITS = ("train", "dev", "test")
 TRAIN, DEV, TEST = range(3)         # how the files number them
-RULES = ("last", "eot", "content", "mean")
-SHARD_PAIRS = 1024  # a shard is the unit that a killed run does not have to compute again
+RULES = ("mean", "last", "eot", "content")
+SHARD_PAIRS = 1024                  # pairs a shard, which a killed run need not compute again
 
 
 # --------------------------------------------------------- questions, and the split they fall into
@@ -75,8 +82,10 @@ def hash_number(text):
 
 
 def split_of(prompt, seed=0, shares=(0.7, 0.1, 0.2)):
-    """"train", "dev" or "test" by a hash of (seed, normalised question): no file and no order can
-    move it."""
+    """"train", "dev" or "test", by a hash of (seed, normalised question).
+
+    So no file and no order can move a question to another split.
+    """
     place = hash_number(f"{seed}:{question_of(prompt)}") / 2**48        # uniform in [0, 1)
     borders = np.cumsum(shares)
     return SPLITS[min(2, int(np.searchsorted(borders, place, side="right")))]
@@ -86,13 +95,13 @@ def split_of(prompt, seed=0, shares=(0.7, 0.1, 0.2)):
 
 def token_range(text, rule):
     """The tokens of a rendered conversation that z is read from → (first, one past the last)."""
-    if rule == "last":  # of the whole rendering: often a newline behind the end-of-turn mark
+    if rule == "last":          # of the whole rendering: often a newline after the end-of-turn mark
         return len(text.ids) - 1, len(text.ids)
     if rule == "eot":
         return text.eot, text.eot + 1
-    if rule == "content":                   # the last token of the response itself
+    if rule == "content":       # the last token of the response itself
         return text.last - 1, text.last
-    if rule == "mean":                      # all tokens of the response
+    if rule == "mean":          # all tokens of the response
         return text.first, text.last
     raise UserError(f"unknown token rule {rule} · the head or features file · one of {RULES}")
 
@@ -104,8 +113,7 @@ class ReachedBlock(Exception):
 
 
 def forward_to(model, blocks, layers, **inputs):
-    """Run the blocks up to the highest of `layers` → their outputs, list of [B, T, d]. Nothing
-    above is computed.
+    """Run the blocks up to the highest of `layers` and none above → outputs, list of [B, T, d].
 
     The output of block L is `hidden_states[L+1]` of transformers, but for the last block, where
     that entry is taken after the final norm; the hook gives the residual stream before it.
@@ -139,11 +147,11 @@ class Backbone:
     model: torch.nn.Module
     tokenizer: object
     blocks: torch.nn.ModuleList
-    meta: dict  # model, revision, backbone, template, dtype, attention: recorded in every file
+    meta: dict          # model, revision, backbone, template, dtype, attention: in every file
     pack: str = "tree"
-    budget: int = 512               # tokens a forward pass
+    budget: int = 512   # tokens a forward pass
     notes: list = field(default_factory=list)
-    # its hooks would see the pass of another thread too
+    # one pass at a time: its hooks would see the pass of another thread too
     one_pass: object = field(default_factory=threading.Lock)
 
     @property
@@ -156,8 +164,10 @@ class Backbone:
             return forward_to(self.model, self.blocks, layers, **inputs)
 
     def hidden_rows(self, sequences, layers):
-        """Token sequences → yield (members, hidden) a forward pass, see parts/packing.py; hidden:
-        one [B · T, d] a layer."""
+        """Token sequences → yield (members, hidden) a forward pass; hidden: a [B · T, d] a layer.
+
+        members: which sequences, and where their tokens are, see parts/packing.py.
+        """
         for inputs, members in forward_passes(self.model, sequences, self.pack, self.budget):
             hidden = self.forward_to(layers, **inputs)
             yield members, [h.flatten(0, 1) for h in hidden]
@@ -179,8 +189,7 @@ def load_backbone(name, revision=None, dtype="auto", device="auto", device_map=N
 
 
 def make_backbone(model, tokenizer, meta, pack="tree", budget=None):
-    """A loaded model → Backbone: frozen, its blocks found, tree packing checked against single
-    texts."""
+    """A loaded model → Backbone: frozen, its blocks found, tree packing tried."""
     model.eval().requires_grad_(False)
     blocks = find_blocks(model, meta["model"])
     meta = {**meta, "weights": probe_weights(blocks),
@@ -189,11 +198,11 @@ def make_backbone(model, tokenizer, meta, pack="tree", budget=None):
     backbone = Backbone(model, tokenizer, blocks, meta, pack, budget)
 
     if not takes_system_turn(tokenizer):
-        backbone.notes.append("the chat template has no system turn: where there is one, it is put "
-                              "in front of the first user turn")
+        backbone.notes.append("the chat template has no system turn: where there is one, "
+                              "it is put in front of the first user turn")
     if tokenizer.chat_template == PLAIN_TEMPLATE:
-        backbone.notes.append("the model has no chat template: a plain one (User: … Assistant: …) "
-                              "is used")
+        backbone.notes.append("the model has no chat template: "
+                              "a plain one (User: … Assistant: …) is used")
     if pack == "tree" and not packing_holds(backbone):
         backbone.pack = "pad"
         backbone.notes.append("the model does not honour a 4D mask: length-sorted padding is used")
@@ -211,33 +220,37 @@ def find_blocks(model, name):
 
 # ---------------------------------------------------------------- texts → residual-stream vectors
 
-def residuals(backbone, texts, layers, rule, progress=None):
-    """Residual-stream vectors z of the token(s) that `rule` names: list of Text → [len(layers), n,
-    d], dtype of the model."""
+def residuals(backbone, texts, layers, rules, progress=None):
+    """Residual-stream vectors z of rendered texts: list of Text → {(layer, rule): [n, d]}.
+
+    One forward pass over the texts for all layers and token rules; dtype of the model.
+    """
     width = backbone.model.config.get_text_config().hidden_size
-    out = torch.empty(len(layers), len(texts), width, dtype=backbone.model.dtype)
+    out = {}
+    for layer in layers:
+        for rule in rules:
+            out[layer, rule] = torch.empty(len(texts), width, dtype=backbone.model.dtype)
 
     def fill():
-        return fill_residuals(out, backbone, texts, layers, rule, progress)
+        return fill_residuals(out, backbone, texts, layers, rules, progress)
     return devices.with_fewer_tokens(fill, backbone)
 
 
-def fill_residuals(out, backbone, texts, layers, rule, progress):
-    """Fill `out` [len(layers), n, d], one forward pass after the other → out."""
+def fill_residuals(out, backbone, texts, layers, rules, progress):
+    """Fill {(layer, rule): [n, d]}, one forward pass after the other → out."""
     for members, hidden in backbone.hidden_rows([text.ids for text in texts], layers):
-        rows = []                                       # of out: which texts are in this pass
-        places = []                                     # the scored tokens of each, in this pass
-        for index, places_of_text in members:
-            first, last = token_range(texts[index], rule)
-            rows.append(index)
-            places.append(torch.from_numpy(places_of_text[first:last]).to(hidden[0].device))
-
-        for n, h in enumerate(hidden):                  # h [B · T, d] of layer number n
-            if rule == "mean":
-                vectors = torch.stack([h[at].float().mean(0) for at in places])
-            else:
-                vectors = h[torch.cat(places)]
-            out[n, rows] = vectors.to(out)
+        rows = [index for index, _ in members]          # which texts are in this pass
+        for rule in rules:
+            places = []                                 # of the tokens that the rule reads
+            for index, places_of_text in members:
+                first, last = token_range(texts[index], rule)
+                places.append(torch.from_numpy(places_of_text[first:last]).to(hidden[0].device))
+            for layer, h in zip(layers, hidden):        # h [B · T, d]
+                if rule == "mean":
+                    vectors = torch.stack([h[at].float().mean(0) for at in places])
+                else:
+                    vectors = h[torch.cat(places)]
+                out[layer, rule][rows] = vectors.to(out[layer, rule])
 
         if progress:
             progress(sum(len(places_of_text) for _, places_of_text in members))
@@ -257,23 +270,52 @@ class Counts:
 
 
 def prepare_pairs(args, tokenizer, rendered):
-    """Read, check and split the pairs → Counts. Writes pairs.jsonl and dropped.jsonl (also where
-    too few are left: it says why).
+    """Read, check and split the pairs → Counts. Writes pairs.jsonl and dropped.jsonl.
 
-    rendered: takes the texts of both sides, in the order of pairs.jsonl.
+    dropped.jsonl is left also where too few can be used: it says why. rendered: takes the texts of
+    both sides, in the order of pairs.jsonl.
     """
     run = Path(args.run)
     with rows_file(run / "pairs.jsonl") as pairs_file:
         with rows_file(run / "dropped.jsonl") as dropped_file:
             counts = sort_pairs(args, tokenizer, pairs_file, dropped_file, rendered)
-        check_enough(counts, args.pairs)
+            if is_enough(counts):
+                pairs_file.flush()
+                make_way(args, file_hash(pairs_file.name))
+        check_enough(counts, args.pairs)        # behind dropped.jsonl, which says why
     return counts
+
+
+def make_way(args, pairs_hash):
+    """Refuse to replace activations of other pairs without --overwrite; with it, remove them."""
+    others = []
+    for path in sorted((Path(args.run) / "activations").glob("*.safetensors")):
+        meta = readable_meta(path)
+        if meta and meta["parent"]["pairs"] != pairs_hash:
+            others.append((path, meta))
+    if others and not args.overwrite:
+        path, meta = others[0]
+        files = f"{len(others)} files, {path.name} of {meta['model']}"
+        raise UserError(f"{args.run} holds activations of other pairs or another split ({files}) · "
+                        "--run · pass --overwrite to replace them, or another --run")
+    for path, _ in others:
+        path.unlink(missing_ok=True)
+
+
+def readable_meta(path):
+    """The settings of a shard, or None where it is damaged: then it is made anew."""
+    try:
+        return read_meta(path, stage="extract")
+    except UserError:
+        return None
 
 
 @contextlib.contextmanager
 def rows_file(path):
-    """A text file to write rows to, moved into place at the end; half of a UTF-16 pair stays a JSON
-    escape."""
+    """A text file to write rows to, moved into place at the end.
+
+    Half of a UTF-16 pair stays a JSON escape.
+    """
     with moved_into_place(path) as part:
         with open(part, "w", encoding="utf-8", errors="backslashreplace") as file:
             yield file
@@ -287,15 +329,17 @@ def write_row(file, row):
 
 
 def sort_pairs(args, tokenizer, pairs_file, dropped_file, rendered):
-    """Each row of --pairs into one of the two files → Counts. A row at a time, so that memory does
-    not grow."""
+    """Each row of --pairs into one of the two files → Counts.
+
+    A row at a time, so that memory does not grow.
+    """
     counts = Counts()
     control, _ = control_tokens(tokenizer)
     for n, (where, raw) in enumerate(read_rows(args.pairs)):
         if args.limit and counts.kept >= args.limit:
             break
-        pairs, reasons = usable_pairs(tokenizer, raw, args.label, args.max_length,
-                                      first=None if n else where)
+        first = where if n == 0 else None
+        pairs, reasons = usable_pairs(tokenizer, raw, args.label, args.max_length, first)
 
         for reason in reasons:
             write_row(dropped_file, {"where": where, "reason": reason, "row": raw})
@@ -303,8 +347,9 @@ def sort_pairs(args, tokenizer, pairs_file, dropped_file, rendered):
 
         if args.limit:
             pairs = pairs[:args.limit - counts.kept]
-        for number, pair in enumerate(pairs):
-            row = pair_row(raw, where, pair, args, number if len(pairs) > 1 else None)
+        for n_of_row, pair in enumerate(pairs):
+            number = n_of_row if len(pairs) > 1 else None
+            row = pair_row(raw, where, pair, args, number)
             line = write_row(pairs_file, row)
             rendered.extend(pair.texts)
             counts.kept += 1
@@ -315,8 +360,10 @@ def sort_pairs(args, tokenizer, pairs_file, dropped_file, rendered):
 
 
 def pair_row(raw, where, pair, args, number=None):
-    """The row of pairs.jsonl that a pair gets. number: which pair of its row it is, where a row
-    gives several."""
+    """The row of pairs.jsonl that a pair gets.
+
+    number: which pair of its row it is, where a row gives several.
+    """
     name = raw.get("id")
     if name is None:
         name = re.findall(r"\d+", where)[-1]            # the line of the file
@@ -333,98 +380,120 @@ def pair_row(raw, where, pair, args, number=None):
     }
 
 
+def is_enough(counts):
+    """Can at least one pair be used, and at least half of them?"""
+    return counts.kept and len(counts.dropped) <= counts.kept
+
+
 def check_enough(counts, path):
     """Refuse a file of which no pair, or less than half, can be used."""
     if not counts.kept:
         reasons = sorted({reason for reason, _ in counts.dropped})
-        raise UserError(f"no usable pair ({'; '.join(reasons[:3]) or 'the file is empty'}) · "
-                        f"{path} · "
-                        "rows need prompt, chosen, rejected")
+        why = "; ".join(reasons[:3]) or "the file is empty"
+        raise UserError(f"no usable pair ({why}) · {path} · rows need prompt, chosen, rejected")
     if len(counts.dropped) > counts.kept:
         reason, where = counts.dropped[0]
-        raise UserError(f"more than half of the pairs cannot be used, the first because: {reason} "
-                        f"· {where} · "
+        raise UserError("more than half of the pairs cannot be used, "
+                        f"the first because: {reason} · {where} · "
                         "mend the file or raise --max-length")
 
 
 # ---------------------------------------------------------------- shards of activations
 
-def shard_path(run, layer, n, count):
-    """runs/demo/activations/layer16-00000-of-00001.safetensors"""
-    return Path(run) / "activations" / f"layer{layer}-{n:05d}-of-{count:05d}.safetensors"
+def shard_path(run, layer, rule, n, count):
+    """runs/demo-safe/activations/layer16-mean-00000-of-00001.safetensors"""
+    return Path(run) / "activations" / f"layer{layer}-{rule}-{n:05d}-of-{count:05d}.safetensors"
 
 
 def missing_shards(args, count, meta):
-    """The (layer, number) of all shards that are not there yet, or were made with other
-    settings."""
+    """The (layer, rule, number) of all shards that are not there yet.
+
+    Those of other settings are replaced only with --overwrite.
+    """
     missing = set()
     for layer in args.layer:
-        for n in range(count):
-            if not up_to_date(shard_path(args.run, layer, n, count), {**meta, "layer": layer}):
-                missing.add((layer, n))
+        for rule in args.token:
+            for n in range(count):
+                path = shard_path(args.run, layer, rule, n, count)
+                if not up_to_date(path, {**meta, "layer": layer, "token": rule}):
+                    missing.add((layer, rule, n))
+                    if not args.overwrite:
+                        refuse_other_settings(path, meta)
     return missing
 
 
-def compute_shards(backbone, count, wanted, meta, args, rendered=None, quiet=False):
-    """Compute and write the shards in `wanted`, (layer, number); pairs.jsonl is read a shard at a
-    time.
+def refuse_other_settings(path, meta):
+    """A whole shard that was made with other settings: say which."""
+    found = readable_meta(path) if path.exists() else None
+    if found is None:
+        return
+    different = [key for key, value in meta.items() if found.get(key) != value]
+    if different:
+        key = different[0]
+        made_with, wanted = found.get(key), meta[key]
+        raise UserError(f"{path.name} was made with {key} {made_with}, this is {key} {wanted} · "
+                        f"{path.parent.parent} · pass --overwrite to replace it, or another --run")
 
-    rendered: the texts of all pairs in order, where this process has read them; else they are
-    rendered here.
+
+def compute_shards(backbone, count, wanted, meta, args, rendered=None, quiet=False):
+    """Compute and write the shards in `wanted`, (layer, rule, number).
+
+    pairs.jsonl is read a shard at a time. rendered: the texts of all pairs in order, where this
+    process has read them; else they are rendered here.
     """
     pairs_path = Path(args.run) / "pairs.jsonl"
-    with open(pairs_path, encoding="utf-8") as file, tqdm(unit="tok", unit_scale=True,
-                                                          desc="extract",
-                                                          disable=quiet or None) as bar:
+    bar = tqdm(unit="tok", unit_scale=True, desc="extract", disable=quiet or None)
+    with bar, open(pairs_path, encoding="utf-8") as file:
         for n in range(count):
             lines = list(itertools.islice(file, SHARD_PAIRS))
             texts = rendered.take(2 * len(lines)) if rendered else None
-            layers = [layer for layer in args.layer if (layer, n) in wanted]
-            if not layers:
+            here = [(layer, rule) for layer, rule, number in sorted(wanted) if number == n]
+            if not here:
                 continue
 
             rows = [json.loads(line) for line in lines]
-            tensors_of = extract_shard(backbone, rows, n * SHARD_PAIRS, args, texts, bar.update)
-            for layer in layers:
-                save_stage(shard_path(args.run, layer, n, count), tensors_of[layer],
-                           {**meta, **backbone.meta, "layer": layer, "pack": backbone.pack})
+            shards = extract_shard(backbone, rows, n * SHARD_PAIRS, args, texts, bar.update)
+            for layer, rule in here:
+                path = shard_path(args.run, layer, rule, n, count)
+                settings = {**meta, **backbone.meta, "layer": layer, "token": rule}
+                save_stage(path, shards[layer, rule], {**settings, "pack": backbone.pack})
 
 
 def extract_shard(backbone, rows, start, args, texts=None, progress=None):
-    """Rows of pairs.jsonl, the first of them number `start` → {layer: tensors of one activation
-    shard}."""
+    """Rows of pairs.jsonl from number `start` on → {(layer, rule): tensors of a shard}."""
     if texts is None:
-        texts = [render(backbone.tokenizer, row["prompt"], row[side],
-                        args.max_length) for row in rows for side in ("chosen", "rejected")]
-    # [layers, 2n, d]: chosen, rejected, chosen …
+        texts = []
+        for row in rows:
+            for side in ("chosen", "rejected"):
+                texts.append(render(backbone.tokenizer, row["prompt"], row[side], args.max_length))
     vectors = residuals(backbone, texts, args.layer, args.token, progress)
 
-    finite = torch.isfinite(vectors).all(-1).all(0)                                 # [2n]
-    if not finite.all():
-        first = int((~finite).nonzero()[0])
-        raise UserError(f"NaN or Inf in the residual stream · pair {rows[first // 2]['id']} · try "
-                        "--dtype float32, or remove the pair")
-
     lengths = torch.tensor([text.last - text.first for text in texts], dtype=torch.int32)
+    splits = [SPLITS.index(row["split"]) for row in rows]
     columns = {
         "pair": torch.arange(start, start + len(rows)),
         "group": torch.tensor([row["group"] for row in rows]),
-        "split": torch.tensor([SPLITS.index(row["split"]) for row in rows], dtype=torch.uint8),
+        "split": torch.tensor(splits, dtype=torch.uint8),
         "chosen_tokens": lengths[0::2],
         "rejected_tokens": lengths[1::2],
     }
     shards = {}
-    for layer, z in zip(args.layer, vectors):
-        shards[layer] = {"chosen": z[0::2], "rejected": z[1::2], **columns}
+    for key, z in vectors.items():                      # z [2n, d]: chosen, rejected, chosen …
+        finite = torch.isfinite(z).all(-1)
+        if not finite.all():
+            first = int((~finite).nonzero()[0])
+            name = rows[first // 2]["id"]
+            raise UserError(f"NaN or Inf in the residual stream · pair {name} · "
+                            "try --dtype float32, or remove the pair")
+        shards[key] = {"chosen": z[0::2], "rejected": z[1::2], **columns}
     return shards
 
 
 def remove_other_counts(args, count):
     """Shards of an earlier, differently sized run would be read as well."""
-    for layer in args.layer:
-        for path in (Path(args.run) / "activations").glob(f"layer{layer}-*.safetensors"):
-            if not path.name.endswith(f"-of-{count:05d}.safetensors"):
-                path.unlink(missing_ok=True)            # another process may do the same
+    for path in (Path(args.run) / "activations").glob("layer*-*-of-*.safetensors"):
+        if not path.name.endswith(f"-of-{count:05d}.safetensors"):
+            path.unlink(missing_ok=True)                # another process may do the same
 
 
 # ---------------------------------------------------------------- the stage
@@ -437,16 +506,18 @@ def parse_args():
                    help="demo, a hub name, a folder or a .gguf file (default demo)")
     p.add_argument("--revision",
                    help="branch, tag or commit of a hub model")
-    p.add_argument("--pairs", default="data/truthful.jsonl",
-                   help="preference pairs (default data/truthful.jsonl)")
+    p.add_argument("--pairs", required=True,
+                   help="preference pairs: a file, or hub:REPO[:CONFIG][:SPLIT]")
     p.add_argument("--layer", type=int, nargs="+", default=[16],
                    help="block(s) L, 0-based; several in one pass (default 16)")
-    p.add_argument("--token", choices=RULES, default="last",
-                   help="which token is read: last of the conversation, eot the end-of-turn mark, "
-                        "content the response's last token, "
-                        "mean over the response (default last)")
-    p.add_argument("--run", default="runs/demo",
-                   help="folder of all files of this run (default runs/demo)")
+    p.add_argument("--token", choices=RULES, nargs="+", default=["mean"],
+                   help="what is read: mean over the response's tokens, "
+                        "last token of the conversation, eot the end-of-turn mark, "
+                        "content the response's last token; several in one pass (default mean)")
+    p.add_argument("--run", required=True,
+                   help="folder of all files of this run")
+    p.add_argument("--overwrite", action="store_true",
+                   help="replace activations of other pairs or settings in that folder")
     p.add_argument("--max-length", type=int, default=2048,
                    help="tokens; a longer text loses the beginning of its prompt (default 2048)")
     p.add_argument("--batch-tokens", type=int,
@@ -471,6 +542,7 @@ def parse_args():
                    help="show the traceback of an error")
     args = p.parse_args()
     args.layer = list(dict.fromkeys(args.layer))
+    args.token = list(dict.fromkeys(args.token))
     check_flags(args)
     return args
 
@@ -480,14 +552,14 @@ def check_flags(args):
     for flag in ("--limit", "--max-length", "--batch-tokens"):
         value = getattr(args, flag[2:].replace("-", "_"))
         if value is not None and value < 1:
-            raise UserError(f"{flag} must be at least 1 · {flag} {value} · leave it out for the "
-                            "default")
+            raise UserError(f"{flag} must be at least 1 · {flag} {value} · "
+                            "leave it out for the default")
 
     shares = args.split.split(",")
     are_shares = all(re.fullmatch(r"0?\.\d+|[01](\.0*)?", share) for share in shares)
     if len(shares) != 3 or not are_shares or abs(sum(map(float, shares)) - 1) > 1e-6:
-        raise UserError(f"--split needs three shares that add up to 1 · {args.split} · e.g. "
-                        "0.7,0.1,0.2")
+        raise UserError(f"--split needs three shares that add up to 1 · {args.split} · "
+                        "e.g. 0.7,0.1,0.2")
 
 
 def main():
@@ -497,8 +569,9 @@ def main():
     tokenizer = load_tokenizer(args.model, args.revision)
     for layer in args.layer:
         if not 0 <= layer < config.num_hidden_layers:
+            top = config.num_hidden_layers - 1
             raise UserError(f"layer {layer} does not exist · {args.model} has blocks 0 to "
-                            f"{config.num_hidden_layers - 1} · pass --layer")
+                            f"{top} · pass --layer")
     with devices.processes() as (rank, ranks):
         args.device = devices.device_of_rank(args, ranks)
         extract(args, config, tokenizer, rank, ranks)
@@ -519,8 +592,8 @@ def extract(args, config, tokenizer, rank, ranks):
     missing = missing_shards(args, count, meta)
     devices.wait_for_all(ranks)                         # all have looked before any writes
 
-    my_numbers = sorted({n for _, n in missing})[rank::ranks]
-    wanted = {(layer, n) for layer, n in missing if n in my_numbers}
+    my_numbers = sorted({n for _, _, n in missing})[rank::ranks]
+    wanted = {key for key in missing if key[-1] in my_numbers}
     if wanted:
         backbone = load_backbone(args.model, args.revision, args.dtype, args.device,
                                  args.device_map, args.pack, args.batch_tokens)
@@ -538,34 +611,34 @@ def settings_of(args, config, tokenizer):
     """What the shards record, and have to agree in to be used again."""
     backbone = describe(args.model, config, tokenizer, args.revision, args.dtype, args.device)
     parent = {"pairs": file_hash(Path(args.run) / "pairs.jsonl")}
-    return {"stage": "extract", **backbone, "token": args.token, "max_length": args.max_length,
-            "seed": args.seed,
+    return {"stage": "extract", **backbone, "max_length": args.max_length, "seed": args.seed,
             "split": args.split, "parent": parent}
 
 
 def report(args, counts, computed, count):
     """The table at the end."""
     if counts.typed:
-        print(f"note: control tokens are typed into the text of {counts.typed} pairs: split, so "
-              "that they do not act")
-
+        print(f"note: control tokens are typed into the text of {counts.typed} pairs: "
+              "split, so that they do not act")
     by_split = " · ".join(f"{name} {counts.split[name]}" for name in SPLITS)
     layers = ", ".join(str(layer) for layer in args.layer)
+    shards = count * len(args.layer) * len(args.token)
     print()
     print(f"pairs      {counts.kept} kept, {len(counts.dropped)} dropped   {by_split}")
     print(f"prompts    {len(counts.groups)} different")
-    print(f"layers     {layers} of {args.model}, token rule {args.token}")
-    print(f"shards     {computed} computed, {count * len(args.layer) - computed} found complete")
+    print(f"layers     {layers} of {args.model}, token rules {', '.join(args.token)}")
+    print(f"shards     {computed} computed, {shards - computed} found complete")
     print(f"written    {args.run}/pairs.jsonl, {args.run}/activations/")
     if counts.dropped:
         reasons = collections.Counter(reason for reason, _ in counts.dropped).most_common(4)
-        print(f"dropped    {args.run}/dropped.jsonl: "
-              f"{', '.join(f'{n} × {reason}' for reason, n in reasons)}")
+        why = ", ".join(f"{n} × {reason}" for reason, n in reasons)
+        print(f"dropped    {args.run}/dropped.jsonl: {why}")
 
     shipped = f"assets/sae-smollm2-135m-layer{args.layer[0]}.safetensors"
     sae = shipped if args.model == "demo" and Path(shipped).exists() else "PATH-OF-YOUR-SAE"
     layer = f" --layer {args.layer[0]}" if len(args.layer) > 1 else ""
-    print(f"\nnext: python 02_select_features.py --run {args.run}{layer} --sae {sae}")
+    token = f" --token {args.token[0]}" if len(args.token) > 1 else ""
+    print(f"\nnext: python 02_select_features.py --run {args.run}{layer}{token} --sae {sae}")
 
 
 if __name__ == "__main__":

@@ -1,26 +1,31 @@
 """Stage 3: a reward head on the alignment scores.
 
-reads   features.safetensors      chosen, rejected [n, 2K] · mean, std [2K] · split [n]
-writes  reward_head.safetensors   all that scoring new text needs:
-            latents, directions [2K'], [2K', d] · mean, std [2K'] · temperature [1]
+reads   features.safetensors    chosen, rejected [n, 2K] · mean, std [2K] · split, fold [n]
+                                search_latents, search_chosen, search_rejected: see stage 2
+writes  reward_head.safetensors     all that scoring new text needs:
+            latents [2K'] · directions [2K', d] · mean, std [2K'] · temperature [1] · range [1]
             linear: w1 [2K'] · b1 [1]
             mlp: w1 [hidden, 2K'] · b1 [hidden] · w2 [hidden] · b2 [1]
 
-    python 03_train_head.py --run runs/demo --head linear --loss bt
+    python 03_train_head.py --run runs/demo-safe
+    python 03_train_head.py --run runs/demo-safe --head mlp --loss margin --k 128 --name paper
 
     reward(z) = head((<z, d_j> - mean_j) / std_j)       trained so that chosen is above rejected
 
-The paper trains with a margin loss whose margin is not published; Bradley-Terry is the default
-here, --loss margin is one flag away. It does not publish learning rate or epochs either, and uses
-one K: --k auto takes the best on dev.
+A linear head with an L2 penalty is a convex problem: Newton's method solves it to the last digit,
+so there is no seed, learning rate or early stopping. K and the penalty are chosen by
+cross-validation over five folds of the train and dev pairs, each with latents that were selected
+without it. The paper trains an MLP with a margin loss, and publishes neither the margin nor
+learning rate nor epochs; it uses one K. Bradley-Terry and a linear head are the default here,
+because a linear head can be explained.
 """
 
 import argparse
-import functools
 import importlib
 import time
-from pathlib import Path
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -37,31 +42,50 @@ from parts.files import (
 from parts.models import same_weights
 
 stage1 = importlib.import_module("01_extract")
-TRAIN, DEV = stage1.TRAIN, stage1.DEV
-EPOCH_PAIRS = 2**14      # at most, before dev is looked at again
+stage2 = importlib.import_module("02_select_features")
+TEST = stage1.TEST
+FOLDS = stage2.FOLDS
+PENALTIES = (1.0, 0.1, 0.01, 0.001, 0.0001)         # of L2, the largest first: each starts the next
+RANGE = 0.999                                       # quantile of the training responses
 
 
 # ---------------------------------------------------------------- the three losses
 
 def bradley_terry_loss(reward_chosen, reward_rejected):
-    """Mean of -log σ(r_chosen - r_rejected) over pairs [n] → scalar. Bradley & Terry (1952)."""
+    """-log σ(r_chosen - r_rejected) of each pair [n] → [n]. Bradley & Terry (1952)."""
     # softplus(-x) = -log σ(x), stable for large |x|
-    return F.softplus(reward_rejected - reward_chosen).mean()
+    return F.softplus(reward_rejected - reward_chosen)
+
+
+CORNER = 0.05               # half of the rounded corner of the margin loss, in γ
 
 
 def margin_loss(reward_chosen, reward_rejected, margin=1.0):
-    """Mean of max(0, γ - (r_chosen - r_rejected)) over pairs [n] → scalar. The paper's choice; its
-    γ is not published."""
-    return torch.relu(margin - (reward_chosen - reward_rejected)).mean()
+    """max(0, γ - (r_chosen - r_rejected)) of each pair [n] → [n]; γ is the margin.
+
+    The paper's choice; its γ is not published. The corner is rounded over ± 0.05 γ, a parabola in
+    place of the kink, so that Newton's method has a second derivative.
+    """
+    value, _, _ = margin_curve(margin)(reward_chosen - reward_rejected)
+    return value
 
 
 def bce_loss(reward_chosen, reward_rejected):
-    """Mean binary cross-entropy of single responses, chosen = 1, rejected = 0 → scalar. The paper's
-    weak baseline."""
-    return (F.softplus(-reward_chosen).mean() + F.softplus(reward_rejected).mean()) / 2
+    """Binary cross-entropy of single responses, chosen = 1, rejected = 0, mean of both [n] → [n].
+
+    The paper's weak baseline.
+    """
+    return (F.softplus(-reward_chosen) + F.softplus(reward_rejected)) / 2
 
 
-# ---------------------------------------------------------------- the head
+def loss_named(name, margin=1.0):
+    """bt, margin or bce → the function of (reward_chosen, reward_rejected)."""
+    def with_margin(reward_chosen, reward_rejected):
+        return margin_loss(reward_chosen, reward_rejected, margin)
+    return {"bt": bradley_terry_loss, "margin": with_margin, "bce": bce_loss}[name]
+
+
+# ---------------------------------------------------------------- the heads
 
 class LinearHead(torch.nn.Module):
     """r = x · w1 + b1: one weight a direction."""
@@ -76,47 +100,26 @@ class LinearHead(torch.nn.Module):
         """Standardised scores [n, 2K] → rewards [n]."""
         return x @ self.w1 + self.b1
 
-    def weights(self):
-        """What the L2 penalty is on."""
-        return [self.w1]
-
-    def output_bias(self):
-        """What is added to every reward."""
-        return self.b1
-
 
 class MLPHead(torch.nn.Module):
     """One hidden layer of ReLU, 256·512 + 512 + 512 + 1 numbers in the paper."""
     kind = "mlp"
 
-    def __init__(self, width, hidden=512, generator=None):
+    def __init__(self, width, hidden=512, seed=0):
         super().__init__()
-        self.w1 = uniform_parameter(hidden, width, fan=width, generator=generator)
-        self.b1 = uniform_parameter(hidden, fan=width, generator=generator)
-        self.w2 = uniform_parameter(hidden, fan=hidden, generator=generator)
+        generator = torch.Generator().manual_seed(seed)
+
+        def uniform(*shape, fan):               # how torch starts a linear layer
+            values = torch.rand(*shape, generator=generator) * 2 - 1
+            return torch.nn.Parameter(values / fan**0.5)
+        self.w1 = uniform(hidden, width, fan=width)
+        self.b1 = uniform(hidden, fan=width)
+        self.w2 = uniform(hidden, fan=hidden)
         self.b2 = torch.nn.Parameter(torch.zeros(1))
 
     def forward(self, x):
         """Standardised scores [n, 2K] → rewards [n]."""
         return torch.relu(x @ self.w1.T + self.b1) @ self.w2 + self.b2
-
-    def weights(self):
-        """What the L2 penalty is on."""
-        return [self.w1, self.w2]
-
-    def output_bias(self):
-        """What is added to every reward."""
-        return self.b2
-
-
-def uniform_parameter(*shape, fan, generator):
-    """Uniform in ± 1 / √fan: how torch starts a linear layer."""
-    return torch.nn.Parameter((torch.rand(*shape, generator=generator) * 2 - 1) / fan**0.5)
-
-
-def start_head(width, kind="linear", hidden=512, generator=None):
-    """→ a head that has not seen any pair."""
-    return LinearHead(width) if kind == "linear" else MLPHead(width, hidden, generator)
 
 
 def head_from(tensors):
@@ -135,74 +138,276 @@ def trained_parameters(head):
     return sum(parameter.numel() for parameter in head.parameters())
 
 
-# ---------------------------------------------------------------- training
+# ---------------------------------------------------------------- training a linear head
 
-DEFAULTS = {"kind": "linear", "loss": "bt", "margin": 1.0, "hidden": 512, "lr": 0.01,
-            "weight_decay": 0.1, "epochs": 200, "patience": 20}
+def fit_linear(chosen, rejected, loss="bt", l2=0.1, margin=1.0, start=None):
+    """The linear head with the least mean loss + l2/2 · ‖w‖² → LinearHead.
+
+    chosen, rejected: scores of both sides [n, m], torch or NumPy, any float type. l2 > 0. The mean
+    reward of the pairs is 0. start: a weight vector [m] near the solution, to be quicker.
+    """
+    chosen = at_least_float32(chosen)
+    rejected = at_least_float32(rejected)
+    if loss == "bce":  # single responses need a bias, which is not penalised
+        weights, bias = newton_of_responses(chosen, rejected, l2)
+    else:
+        weights = start
+        for curve in curves_of(loss, margin):
+            weights = newton(chosen - rejected, curve, l2, weights)
+        bias = -((chosen.double().mean(0) + rejected.double().mean(0)) / 2) @ weights
+    head = LinearHead(len(weights))
+    head.w1.data = weights.float()
+    head.b1.data = bias.reshape(1).float()
+    return head.requires_grad_(False)
 
 
-def loss_named(name, margin=1.0):
-    """bt, margin or bce → the function of (reward_chosen, reward_rejected)."""
-    if name == "margin":
-        return functools.partial(margin_loss, margin=margin)
-    return {"bt": bradley_terry_loss, "bce": bce_loss}[name]
+def at_least_float32(scores):
+    """NumPy or torch, any float type → torch, float32 or float64: halves would lose digits
+    below."""
+    scores = torch.as_tensor(scores)
+    return scores if scores.dtype == torch.float64 else scores.float()
 
 
-def fit_head(chosen, rejected, split, columns=slice(None), kind="linear", loss="bt", margin=1.0,
-             hidden=512, lr=0.01,
-             weight_decay=0.1, epochs=200, patience=20, batch=256, seed=0):
-    """Train one head on some columns of the standardised scores [n, m] of both sides → (head, its
-    loss on dev).
+def curves_of(loss, margin):
+    """What Newton's method minimises, one after the other, each from the end of the one before.
 
-    Adam on mini-batches of train pairs; after each epoch the loss on dev; the weights of the best
-    epoch are what is returned. weight_decay is an L2 penalty, weight_decay/2 · ‖w‖² added to the
-    loss. An epoch is EPOCH_PAIRS random pairs where there are more: a few hundred weights need no
-    more, so a million pairs take hardly longer than ten thousand.
+    The margin loss is nearly a kink: from a wide corner to the narrow one it takes a few steps a
+    corner, and from nowhere hundreds.
+    """
+    if loss == "bt":
+        return [bradley_terry_curve]
+    return [margin_curve(margin, corner) for corner in (0.8, 0.4, 0.2, 0.1, CORNER)]
+
+
+def newton(rows, curve, l2, start=None, steps=500, chunk=2**14):
+    """The w [m] with the least mean of φ(rows · w) + w · diag(l2) w / 2, in float64.
+
+    rows [n, m]; curve(t) → φ, φ', φ'' of numbers [n]; l2: one number, or one for each column [m].
+    Newton's method: each step solves H s = g, with the gradient g and the Hessian H of the
+    objective, and is halved until the objective falls. The problem is convex, so the end does not
+    depend on where it starts.
+    """
+    n, m = rows.shape
+    l2 = torch.as_tensor(l2, dtype=torch.float64).expand(m)
+    w = torch.zeros(m, dtype=torch.float64) if start is None else start.double()
+
+    def objective(w):
+        total = sum(curve(part.double() @ w)[0].sum() for part in rows.split(chunk))
+        return total / n + (l2 * w * w).sum() / 2
+
+    value = objective(w)
+    for _ in range(steps):
+        gradient = l2 * w
+        hessian = torch.diag(l2)
+        for part in rows.split(chunk):          # a million rows stay within memory
+            part = part.double()
+            _, slope, bend = curve(part @ w)
+            gradient = gradient + part.T @ slope / n
+            hessian = hessian + (part.T * bend) @ part / n
+        step = torch.linalg.solve(hessian, gradient)
+        decrease = gradient @ step              # twice what the step is expected to gain
+        if decrease < 1e-16:
+            break
+        size = 1.0
+        while (new := objective(w - size * step)) > value - size * decrease / 4 and size > 1e-6:
+            size /= 2
+        w, value = w - size * step, min(value, new)
+    return w
+
+
+def bradley_terry_curve(t):
+    """φ(t) = -log σ(t) with its first and second derivative."""
+    wrong = torch.sigmoid(-t)
+    return F.softplus(-t), -wrong, wrong * (1 - wrong)
+
+
+def margin_curve(margin, corner=CORNER):
+    """φ of the margin loss, its first and second derivative → function of r_chosen - r_rejected."""
+    width = corner * margin
+
+    def curve(t):
+        short = margin - t
+        parabola = (short + width).clamp(0, 2 * width).square() / (4 * width)
+        value = torch.where(short > width, short, parabola)
+        slope = -((short + width) / (2 * width)).clamp(0, 1)
+        in_the_corner = short.abs() < width
+        return value, slope, in_the_corner.double() / (2 * width)
+    return curve
+
+
+def newton_of_responses(chosen, rejected, l2):
+    """BCE on single responses → (w [m], bias []): Newton on signed rows with a 1 behind."""
+    one = torch.ones(len(chosen), 1, dtype=chosen.dtype)
+    signed = torch.cat([torch.cat([chosen, one], 1), -torch.cat([rejected, one], 1)])
+    penalties = torch.full((signed.shape[1],), float(l2), dtype=torch.float64)
+    penalties[-1] = 1e-9                        # none on the bias, but for a solution that is there
+    solution = newton(signed, bradley_terry_curve, penalties)
+    return solution[:-1], solution[-1]
+
+
+# ---------------------------------------------------------------- training an MLP
+
+EPOCH_PAIRS = 2**14         # at most: a random part of more pairs says as much
+
+
+def fit_mlp(chosen, rejected, loss="margin", l2=0.01, margin=1.0, hidden=512, lr=0.001, epochs=100,
+            patience=10, seed=0, held=None, steps=None, batch=256):
+    """An MLP trained with Adam on standardised scores [n, m] → (MLPHead, steps taken, loss on
+    held).
+
+    held: (chosen, rejected) of other pairs, on which it stops: the head of the epoch with the least
+    loss there is returned. steps: train for so many steps instead.
     """
     pair_loss = loss_named(loss, margin)
-    generator = torch.Generator().manual_seed(seed)
-    head = start_head(chosen[:1, columns].shape[1], kind, hidden, generator)
+    head = MLPHead(chosen.shape[1], hidden, seed)
     adam = torch.optim.Adam(head.parameters(), lr=lr, fused=True)
-    train_rows = (split == TRAIN).nonzero().flatten()
-    dev_chosen = chosen[split == DEV][:, columns]
-    dev_rejected = rejected[split == DEV][:, columns]
-
-    best_loss = float("inf")
-    best_weights = None
-    epochs_since = 0
-    for epoch in range(epochs + 1):  # dev is looked at before the first step and after each epoch
-        with torch.no_grad():
-            dev_loss = float(pair_loss(head(dev_chosen), head(dev_rejected)))
-        if dev_loss < best_loss - 1e-6:
-            best_loss = dev_loss
-            best_weights = {name: weight.clone() for name, weight in head.state_dict().items()}
-            epochs_since = 0
-        else:
-            epochs_since += 1
-        if epochs_since > patience or epoch == epochs:
-            break
-
-        order = torch.randperm(len(train_rows), generator=generator)[:EPOCH_PAIRS]
-        for pick in train_rows[order].split(batch):
-            penalty = sum(weight.square().sum() for weight in head.weights())
-            reward_chosen = head(chosen[pick][:, columns])              # [b]
-            reward_rejected = head(rejected[pick][:, columns])          # [b]
-            objective = pair_loss(reward_chosen, reward_rejected) + weight_decay / 2 * penalty
+    generator = torch.Generator().manual_seed(seed)
+    taken = 0
+    best_loss, best_steps, best_weights = float("inf"), 0, None
+    since = 0
+    while steps is None or taken < steps:
+        order = torch.randperm(len(chosen), generator=generator)[:EPOCH_PAIRS]
+        for pick in order.split(batch):
+            penalty = head.w1.square().sum() + head.w2.square().sum()
+            value = pair_loss(head(chosen[pick]), head(rejected[pick])).mean() + l2 / 2 * penalty
             adam.zero_grad()
-            objective.backward()
+            value.backward()
             adam.step()
+            taken += 1
+            if taken == steps:
+                break
+        if held is None:
+            continue
 
-    head.load_state_dict(best_weights)
-    return head.requires_grad_(False), best_loss
+        with torch.no_grad():
+            held_loss = float(pair_loss(head(held[0]), head(held[1])).mean())
+        since += 1
+        if held_loss < best_loss:
+            best_loss, best_steps, since = held_loss, taken, 0
+            best_weights = {name: weight.clone() for name, weight in head.state_dict().items()}
+        epochs -= 1
+        if since > patience or epochs <= 0:
+            break
+    if best_weights:
+        head.load_state_dict(best_weights)
+    return head.requires_grad_(False), best_steps or taken, best_loss
 
 
-def fit_temperature(difference):
-    """The T > 0 for which σ(Δr / T) has the least negative log-likelihood on dev → float.
+# ----------------------------------------------------------- K and the penalty by cross-validation
 
-    Each pair counts 1 / (n + 2) the other way (Platt, 1999): a small dev set that is all right
-    would ask for T = 0.
+def k_values(total):
+    """1, 2, 4 … and `total`."""
+    return sorted({2**i for i in range(20) if 2**i < total} | {total})
+
+
+def columns_of(k, total):
+    """The first K directions of each side, of `total` a side → column numbers [2K]."""
+    return torch.cat([torch.arange(k), total + torch.arange(k)])
+
+
+def penalty_path(chosen, rejected, penalties, loss="bt", margin=1.0):
+    """Yield (l2, LinearHead) for each penalty, the largest first; each solution starts the next."""
+    n, m = chosen.shape
+    basis = row_basis(chosen - rejected) if m > n and loss != "bce" else None
+    if basis is not None:
+        chosen, rejected = chosen.double() @ basis, rejected.double() @ basis
+    start = None
+    for l2 in penalties:
+        head = fit_linear(chosen, rejected, loss, l2, margin, start)
+        start = head.w1
+        if basis is not None:
+            whole = LinearHead(m).requires_grad_(False)
+            whole.w1.copy_(basis @ head.w1.double())
+            whole.b1.copy_(head.b1)
+            head = whole
+        yield l2, head
+
+
+def row_basis(rows):
+    """Orthonormal columns that span the rows [n, m] → [m, r], r <= n.
+
+    With an L2 penalty the best weights lie in that span, so with more columns than pairs the
+    problem is solved there: as large as the number of pairs, not of columns.
     """
-    d, other = difference[:, None].float(), 1 / (len(difference) + 2)
+    rows = rows.double()
+    values, vectors = torch.linalg.eigh(rows @ rows.T)          # the Gram matrix [n, n]
+    kept = values > 1e-10 * values.max()
+    return rows.T @ (vectors[:, kept] / values[kept].sqrt())
+
+
+def choose(losses, groups, rule="auto"):
+    """{(K, L2): loss of each pair [n] by heads that have not seen it} → the (K, L2) to take.
+
+    best: the least mean loss. auto: the smallest K, with its best L2, whose mean loss is within one
+    standard error of that, SE = √(G · var D_g) / n, with D_g a group's summed difference of the two
+    losses and G groups: pairs of one prompt are not independent.
+    """
+    best = min(losses, key=lambda option: float(losses[option].mean()))
+    if rule == "best":
+        return best
+    _, group_of = np.unique(groups, return_inverse=True)
+    for k in sorted({k for k, _ in losses}):
+        of_k = [option for option in losses if option[0] == k]
+        option = min(of_k, key=lambda option: float(losses[option].mean()))
+        difference = (losses[option] - losses[best]).double().numpy()
+        of_group = np.bincount(group_of, difference)
+        error = np.sqrt(len(of_group) * of_group.var(ddof=1)) / len(difference)
+        if difference.mean() <= error:
+            return option
+    return best
+
+
+@dataclass
+class Search:
+    """What cross-validation found."""
+    k: int
+    l2: float
+    losses: dict            # {(K, L2): mean loss}
+    differences: object     # r_chosen - r_rejected of the pairs by heads that have not seen them
+
+
+def search(t, ks, penalties, settings, rule="auto"):
+    """K and L2 of a linear head by cross-validation over the folds of stage 2 → Search.
+
+    t: features.safetensors. The latents of each fold were selected without it, and so are its mean
+    and
+    std: latents chosen on the pairs that judge them would flatter a large K.
+    """
+    fold = t["fold"][t["search_pair"]]                          # [m]
+    groups = t["group"][t["search_pair"]].numpy()
+    union = t["search_union"]                                   # [U], sorted
+    pair_loss = loss_named(settings["loss"], settings["margin"])
+    losses = {}
+    differences = {}
+    for number in range(FOLDS):
+        held = fold == number
+        latents = t["search_latents"][number]
+        at = torch.searchsorted(union, latents)
+        sides = [t["search_chosen"][:, at], t["search_rejected"][:, at]]
+        mean, std = stage2.standardisation(sides, ~held)
+        chosen, rejected = [(side - mean) / std for side in sides]
+        for k in ks:
+            columns = columns_of(k, len(latents) // 2)
+            train = chosen[~held][:, columns], rejected[~held][:, columns]
+            test = chosen[held][:, columns], rejected[held][:, columns]
+            for l2, head in penalty_path(*train, penalties, settings["loss"], settings["margin"]):
+                reward_chosen, reward_rejected = head(test[0]), head(test[1])
+                for table, values in ((losses, pair_loss(reward_chosen, reward_rejected)),
+                                      (differences, reward_chosen - reward_rejected)):
+                    table.setdefault((k, l2), torch.zeros(len(fold)))[held] = values
+    k, l2 = choose(losses, groups, rule)
+    means = {option: float(loss.mean()) for option, loss in losses.items()}
+    return Search(k, l2, means, differences[k, l2])
+
+
+def fit_temperature(differences):
+    """The T > 0 for which σ(Δr / T) has the least negative log-likelihood → float.
+
+    differences [n] of pairs that the head has not seen. Each pair counts 1 / (n + 2) the other way
+    (Platt, 1999): a small set that is all right would ask for T = 0.
+    """
+    d = differences[:, None].float()
+    other = 1 / (len(d) + 2)
     if not d.any():
         return 1.0
     grid = torch.logspace(-2, 2, 401)
@@ -210,37 +415,13 @@ def fit_temperature(difference):
     return float(grid[nll.argmin()])
 
 
-def fit_best(chosen, rejected, split, options, seeds, **settings):
-    """The same search for the method and for every control: the option with the lowest dev loss,
-    then all seeds.
-
-    options: {name: {"columns": which scores, and settings that differ}}. → (name, heads, dev
-    losses, {name: dev loss}).
-    """
-    def fit(name, seed):
-        return fit_head(chosen, rejected, split, **{**settings, **options[name]}, seed=seed)
-    curve = {name: fit(name, seeds[0])[1] for name in options} if len(options) > 1 else {}
-    name = min(curve, key=curve.get) if curve else next(iter(options))
-    heads, losses = zip(*(fit(name, seed) for seed in seeds))
-    return name, heads, losses, curve
-
-
-def k_options(total, k="auto"):
-    """K → the columns of its directions: the first K of each side, of `total` a side."""
-    choices = [2**i for i in range(20) if 2**i < total] + [total] if k == "auto" else [int(k)]
-    return {c: {"columns": torch.cat([torch.arange(c), total + torch.arange(c)])} for c in choices}
-
-
-def rewards_of(head, side, columns):
-    """Rewards of all rows of one side's scores [n, m] → [n], some rows at a time."""
-    return torch.cat([head(part[:, columns]) for part in side.split(2**16)])
-
-
 # ---------------------------------------------------------------- using it
 
 class RewardModel:
-    """Score text with a trained head. A plain class, so that trainers take it for a function, not
-    for a module."""
+    """Score text with a trained head.
+
+    A plain class, so that trainers take it for a function, not for a module.
+    """
 
     def __init__(self, tensors, meta, backbone):
         self.tensors = tensors
@@ -251,6 +432,7 @@ class RewardModel:
         self.mean = tensors["mean"].float()                         # [2K]
         self.std = tensors["std"].float()                           # [2K]
         self.temperature = float(tensors["temperature"])
+        self.range = float(tensors["range"])
         self.__name__ = "sparserm_reward"       # trainers log a reward function by its name
 
     @classmethod
@@ -261,11 +443,12 @@ class RewardModel:
         recorded one is opened, never with remote code.
         """
         tensors, meta = load_stage(path, "03_train_head.py")
-        missing = {"directions", "mean", "std", "w1", "b1", "temperature"} - set(tensors)
+        needed = {"directions", "mean", "std", "w1", "b1", "temperature", "range"}
+        missing = needed - set(tensors)
         if missing:
             raise UserError(f"not a reward head: {', '.join(sorted(missing))} missing · {path} · "
-                            "pass reward_head.safetensors")
-
+                            "pass reward_head.safetensors, made by this version of "
+                            "03_train_head.py")
         if isinstance(model, stage1.Backbone):
             backbone = model
         elif model:
@@ -281,10 +464,15 @@ class RewardModel:
         """A prompt and a response as the head was trained on them → Text of parts/chat.py."""
         return render(self.backbone.tokenizer, prompt, response, self.meta["max_length"])
 
-    def read(self, texts):
-        """Rendered texts → [n, d] float32."""
-        return stage1.residuals(self.backbone, texts, [self.meta["layer"]],
-                                self.meta["token"])[0].float()
+    def read(self, texts, normalised=True):
+        """Rendered texts → z [n, d] float32, as the head takes it."""
+        layer, rule = self.meta["layer"], self.meta["token"]
+        z = stage1.residuals(self.backbone, texts, [layer], [rule])[layer, rule].float()
+        return self.normalise(z) if normalised else z
+
+    def normalise(self, z):
+        """What stage 2 did with z before the projection."""
+        return stage2.normalise(z, self.meta["normalise"], self.meta["norm_eps"])
 
     def hidden(self, prompts, responses):
         """The residual-stream vectors that the reward is read from, [n, d] float32."""
@@ -292,8 +480,7 @@ class RewardModel:
         return self.read([self.render(prompt, response) for prompt, response in both])
 
     def token_range(self, text):
-        """The tokens of a rendered conversation that the reward is read from → (first, one past the
-        last)."""
+        """The tokens of a Text that the reward is read from → (first, one past the last)."""
         return stage1.token_range(text, self.meta["token"])
 
     # from the residual stream to the reward
@@ -303,8 +490,10 @@ class RewardModel:
         return (hidden @ self.directions.T - self.mean) / self.std
 
     def vector(self):
-        """A linear head folded to one vector: r = <z, u> + c, with u = Σ_j w_j d_j / std_j → (u
-        [d], c)."""
+        """A linear head folded to one vector: r = <z, u> + c, with u = Σ_j w_j d_j / std_j.
+
+        → (u [d], c)
+        """
         weight = self.head.w1.double() / self.std.double()
         u = weight @ self.directions.double()
         c = self.head.b1.double() - weight @ self.mean.double()
@@ -316,6 +505,14 @@ class RewardModel:
             u, c = self.vector()
             return hidden @ u + c
         return self.head(self.scores_of(hidden))
+
+    def outside(self, hidden):
+        """Which residual vectors lie outside of what training saw → bool [n].
+
+        Outside is where the largest |x_j| of the standardised scores is above the 99.9 % quantile
+        of the training responses.
+        """
+        return self.scores_of(hidden).abs().amax(1) > self.range
 
     def contributions(self, hidden):
         """What each direction adds to the reward of residual vectors [n, d] → [n, 2K].
@@ -335,29 +532,36 @@ class RewardModel:
 
     # what a user calls
 
-    def score(self, prompts, responses):
-        """Raw rewards, 0 on average over the training responses: lists of n prompts and n responses
-        → list of n floats."""
+    def score(self, prompts, responses, check=False):
+        """Raw rewards, 0 on average over the training responses: n prompts, n responses → n floats.
+
+        check=True: → (rewards, outside), with a bool for each: does the text lie outside of what
+        training saw? Then the reward is a guess.
+        """
         if isinstance(prompts, str) or isinstance(responses, str):
-            raise UserError("score takes lists · a single string was given · write score([prompt], "
-                            "[response])")
+            raise UserError("score takes lists · a single string was given · write "
+                            "score([prompt], [response])")
         if len(prompts) != len(responses):
-            raise UserError(f"{len(prompts)} prompts, {len(responses)} responses · score · pass "
-                            "one response for each prompt")
-        return self.reward_of(self.hidden(prompts, responses)).tolist() if prompts else []
+            raise UserError(f"{len(prompts)} prompts, {len(responses)} responses · score · "
+                            "pass one response for each prompt")
+        if not prompts:
+            return ([], []) if check else []
+        hidden = self.hidden(prompts, responses)
+        rewards = self.reward_of(hidden).tolist()
+        return (rewards, self.outside(hidden).tolist()) if check else rewards
 
     def prefer(self, prompt, a, b):
-        """Probability that response a is preferred to b: σ((r_a - r_b) / T), T fitted on dev."""
+        """Probability that a is preferred to b: σ((r_a - r_b) / T), T fitted out of fold."""
         r_a, r_b = self.score([prompt, prompt], [a, b])
         return float(torch.sigmoid(torch.tensor((r_a - r_b) / self.temperature)))
 
     def explain(self, prompt, response):
-        """What each latent's direction adds → {reward, bias, contributions: [{latent, side, score,
-        contribution}]}.
+        """What each latent's direction adds → {reward, bias, outside, contributions}.
 
-        Linear head: w_j (v_j - mean_j) / std_j; with the bias they add up to the reward. MLP: the
-        change when score j is set to its mean (an ablation of the head's input; these do not add
-        up). Neither says what causes a preference.
+        contributions: rows of latent, side, score, contribution. Linear head: w_j (v_j - mean_j) /
+        std_j; with the bias they add up to the reward. MLP: the change when score j is set to its
+        mean (an ablation of the head's input; these do not add up). Neither says what causes a
+        preference.
         """
         hidden = self.hidden([prompt], [response])
         scores = self.scores_of(hidden)[0].tolist()
@@ -368,26 +572,41 @@ class RewardModel:
             rows.append({"latent": latent, "side": side, "score": scores[n],
                          "contribution": parts[n]})
         rows.sort(key=lambda row: -abs(row["contribution"]))
-        bias = float(self.head.b1) if self.head.kind == "linear" else None
-        return {"reward": float(self.reward_of(hidden)), "bias": bias, "contributions": rows}
+        return {"reward": float(self.reward_of(hidden)),
+                "bias": float(self.head.b1) if self.head.kind == "linear" else None,
+                "outside": bool(self.outside(hidden)),
+                "contributions": rows}
 
     def __call__(self, prompts, completions, **_):
-        """A TRL reward function: strings or chat messages → list of float, None for a text longer
-        than max_length."""
+        """A TRL reward function: strings or chat messages → list of float.
+
+        None for a text longer than max_length.
+        """
+        responses = []
+        for completion in completions:
+            is_text = isinstance(completion, str)
+            responses.append(completion if is_text else completion[-1]["content"])
+        rewards, _ = self.score_each(prompts, responses)
+        return rewards
+
+    def score_each(self, prompts, responses):
+        """As score(…, check=True), but None for a text longer than max_length."""
         texts = {}
-        for n, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            response = completion if isinstance(completion, str) else completion[-1]["content"]
+        for n, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
             try:
                 texts[n] = self.render(prompt, response)
             except UserError:
                 continue
 
         rewards = [None] * len(prompts)
+        outside = [None] * len(prompts)
         if texts:
-            found = self.reward_of(self.read(list(texts.values()))).tolist()
-            for n, reward in zip(texts, found):
+            hidden = self.read(list(texts.values()))
+            found = zip(texts, self.reward_of(hidden).tolist(), self.outside(hidden).tolist())
+            for n, reward, is_outside in found:
                 rewards[n] = reward
-        return rewards
+                outside[n] = is_outside
+        return rewards, outside
 
 
 def check_backbone(wanted, found, where):
@@ -395,8 +614,8 @@ def check_backbone(wanted, found, where):
     for key, what in (("backbone", "shape"), ("template", "chat template")):
         if wanted[key] != found[key]:
             raise UserError(f"the head was trained on {wanted['model']} ({what} {wanted[key]}), "
-                            f"this is {found['model']} "
-                            f"({found[key]}) · {where} · pass the same backbone")
+                            f"this is {found['model']} ({found[key]}) · {where} · "
+                            "pass the same backbone")
     if not same_weights(wanted["weights"], found["weights"]):
         raise UserError(f"the weights of {found['model']} are not those of {wanted['model']} · "
                         f"{where} · pass the same backbone")
@@ -404,162 +623,248 @@ def check_backbone(wanted, found, where):
 
 # ---------------------------------------------------------------- the stage
 
-def standardised(t):
-    """features.safetensors → chosen, rejected [n, 2K] with mean 0 and standard deviation 1 on
-    train.
-
-    In place, because they may be large.
-    """
-    return [t[side].sub_(t["mean"]).div_(t["std"]) for side in ("chosen", "rejected")]
+DEFAULTS = {"kind": "linear", "loss": "bt", "margin": 1.0, "hidden": 512, "lr": 0.001,
+            "epochs": 100, "patience": 10}
+LITTLE = {"k": 4, "l2": 0.1}            # too few prompts for a search
+MLP_L2 = 0.01
 
 
 def parse_args():
     """The flags, checked as far as that needs no file."""
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--run", default="runs/demo",
-                   help="folder of the run (default runs/demo)")
+    p.add_argument("--run", required=True,
+                   help="folder of the run")
+    p.add_argument("--name",
+                   help="keep this head beside others, in RUN/NAME/")
     p.add_argument("--head", choices=("linear", "mlp"), default=DEFAULTS["kind"],
                    help="(default linear)")
-    p.add_argument("--hidden", type=int, default=DEFAULTS["hidden"],
-                   help="units of the MLP's hidden layer (default 512)")
     p.add_argument("--loss", choices=("bt", "margin", "bce"), default=DEFAULTS["loss"],
                    help="bt Bradley-Terry, margin, bce (default bt)")
     p.add_argument("--margin", type=float, default=DEFAULTS["margin"],
                    help="γ of the margin loss (default 1)")
     p.add_argument("--k", default="auto",
-                   help="auto (the best on dev) or N: the first N of each side (default auto)")
+                   help="directions a side: auto the fewest within one standard error of the "
+                        "best, best the least loss, or N (default auto; of an MLP: all)")
+    p.add_argument("--l2", default="auto",
+                   help="penalty on the weights: auto by cross-validation, or a number above 0 "
+                        f"(default auto; of an MLP: {MLP_L2})")
+    p.add_argument("--hidden", type=int, default=DEFAULTS["hidden"],
+                   help="mlp: units of the hidden layer (default 512)")
     p.add_argument("--lr", type=float, default=DEFAULTS["lr"],
-                   help="learning rate of Adam (default 0.01)")
-    p.add_argument("--weight-decay", type=float, default=DEFAULTS["weight_decay"],
-                   help="L2 penalty (default 0.1)")
+                   help="mlp: learning rate of Adam (default 0.001)")
     p.add_argument("--epochs", type=int, default=DEFAULTS["epochs"],
-                   help="at most (default 200)")
+                   help="mlp: at most (default 100)")
     p.add_argument("--patience", type=int, default=DEFAULTS["patience"],
-                   help="epochs without a lower dev loss before it stops (default 20)")
-    p.add_argument("--seeds", type=int, default=5,
-                   help="heads to train; the one with the lowest dev loss is kept (default 5)")
+                   help="mlp: epochs without a lower loss on the held-out fifth (default 10)")
+    p.add_argument("--seeds", type=int, default=3,
+                   help="mlp: heads to train, of which the best on that fifth is kept (default 3)")
     p.add_argument("--check", action="store_true", help=argparse.SUPPRESS)
     p.add_argument("--debug", action="store_true",
                    help="show the traceback of an error")
     args = p.parse_args()
     if args.check:
-        raise UserError("moved · 03_train_head.py --check · use python -m tools.self_check --run "
-                        f"{args.run}")
-    check_settings(args)
+        raise UserError("moved · 03_train_head.py --check · use python -m tools.self_check "
+                        f"--run {args.run}")
+    check_flags(args)
     return args
 
 
-def check_settings(args):
+def check_flags(args):
     """Refuse values that cannot train."""
     least_of = {"--seeds": 1, "--epochs": 1, "--hidden": 1, "--patience": 0, "--lr": 1e-12,
-                "--weight-decay": 0, "--margin": 0}
+                "--margin": 1e-12}
     for flag, least in least_of.items():
-        value = getattr(args, flag[2:].replace("-", "_"))
+        value = getattr(args, flag[2:])
         if not least <= value < float("inf"):
-            raise UserError(f"{flag} {value} is out of range · {flag} · pass a number from "
-                            f"{least:g}")
+            raise UserError(f"{flag} {value} is out of range · {flag} · "
+                            f"pass a number from {least:g}")
+    if args.l2 != "auto":
+        try:
+            args.l2 = float(args.l2)
+        except ValueError:
+            args.l2 = 0.0
+        if not 0 < args.l2 < float("inf"):
+            raise UserError("the penalty must be a number above 0 · --l2 · "
+                            "without one the best weights of separable pairs are infinite; "
+                            "leave it out for auto")
+    if args.k not in ("auto", "best") and not (args.k.isdigit() and int(args.k) > 0):
+        raise UserError(f"--k must be auto, best or a number from 1 · --k {args.k} · "
+                        "leave it out for auto")
 
 
 def settings_of(args):
-    """What fit_head needs of the arguments (stage 4 gives its controls the same)."""
+    """What training needs of the arguments; stage 4 gives its controls the same."""
     return {"kind": args.head, **{name: getattr(args, name) for name in DEFAULTS if name != "kind"}}
-
-
-def check_split(split, path):
-    """Refuse a run without train or dev pairs, warn where dev is small."""
-    for number, name in ((TRAIN, "train"), (DEV, "dev")):
-        if not (split == number).any():
-            raise UserError(f"no pair is in the {name} split · {path} · more pairs, or another "
-                            "--split in 01_extract.py")
-    dev_pairs = int((split == DEV).sum())
-    if dev_pairs < 30:
-        print(f"note: only {dev_pairs} dev pairs, which choose K, when to stop and the "
-              "temperature: more would be safer")
 
 
 def main():
     """Stage 3 from the command line."""
     args = parse_args()
-    path = Path(args.run) / "features.safetensors"
+    path = stage2.features_path(args.run, args.name)
     t, meta = load_stage(path, "02_select_features.py", "select")
     check_finite(t, path)
-    check_split(t["split"], path)
     total = meta["k"]
-    if args.k != "auto" and not (args.k.isdigit() and 1 <= int(args.k) <= total):
-        raise UserError(f"--k must be auto or 1 to {total} · --k {args.k} · {total} latents a side "
-                        "were selected in stage 2")
+    if args.k.isdigit() and int(args.k) > total:
+        raise UserError(f"--k {args.k} is too large · --k · {total} latents a side were "
+                        "selected in stage 2")
+    if not (t["fold"] >= 0).any():
+        raise UserError(f"all pairs are in the test split · {path} · "
+                        "more pairs, or another --split in 01_extract.py")
 
     parent = {"features": file_hash(path), "pairs": meta["parent"]["pairs"],
               "sae": meta["parent"]["sae"]}
-    asked = {"k": args.k, "seeds": args.seeds}
+    asked = {"k": args.k, "l2": args.l2, "seeds": args.seeds}
     record = {**meta, "stage": "head", "asked": asked, "settings": settings_of(args),
               "parent": parent}
-    out = Path(args.run) / "reward_head.safetensors"
+    out = stage2.folder_of(args.run, args.name) / "reward_head.safetensors"
     seconds = None
     if not up_to_date(out, {name: value for name, value in record.items() if name != "k"}):
-        seconds = train(args, t, record, out)
-    report(args, seconds, *load_stage(out))
+        if out.exists():
+            print(f"note: {out} is replaced")
+        started = time.perf_counter()
+        train(args, t, record, out)
+        seconds = time.perf_counter() - started
+    report(args, out, seconds, *load_stage(out))
 
 
 def train(args, t, record, out):
-    """Search K on dev, train all seeds, keep the one with the lowest dev loss → seconds taken."""
-    started = time.perf_counter()
-    chosen, rejected = standardised(t)
-    split = t["split"]
-    options = k_options(record["k"], args.k)
-    k, heads, dev_losses, curve = fit_best(chosen, rejected, split, options, range(args.seeds),
-                                           **settings_of(args))
-    columns = options[k]["columns"]
+    """Choose K and L2, fit on all train and dev pairs, write the head."""
+    chosen, rejected = standardised(t)              # [n, 2K]
+    train_rows = (t["fold"] >= 0).nonzero().flatten()
+    fit = train_mlp if args.head == "mlp" else train_linear
+    head, k, l2, differences, extra = fit(args, t, chosen, rejected, train_rows, record)
 
-    differences = []                        # r_chosen - r_rejected of each seed's head
-    for head in heads:
-        reward_chosen = rewards_of(head, chosen, columns)
-        reward_rejected = rewards_of(head, rejected, columns)
-        on_train = torch.cat([reward_chosen[split == TRAIN], reward_rejected[split == TRAIN]])
-        head.output_bias().sub_(on_train.mean())        # 0 on average over the train responses
-        differences.append(reward_chosen - reward_rejected)
-
-    best = min(range(len(heads)), key=lambda seed: dev_losses[seed])
-    dev_of_seeds = [share_right(difference[split == DEV]) for difference in differences]
-    found = {"train": share_right(differences[best][split == TRAIN]), "dev": dev_of_seeds[best],
-             "dev_of_seeds": dev_of_seeds,
-             "dev_loss": dev_losses[best]}
+    columns = columns_of(k, record["k"])
+    largest = []
+    rewards = []
+    for side in (chosen, rejected):
+        for rows in train_rows.split(2**16):
+            x = side[rows][:, columns]
+            largest.append(x.abs().amax(1))
+            rewards.append(head(x))
+    output_bias = head.b1 if head.kind == "linear" else head.b2
+    output_bias.sub_(torch.cat(rewards).mean())     # 0 on average over the training responses
 
     tensors = {name: t[name][columns] for name in ("latents", "directions", "mean", "std")}
-    tensors |= heads[best].state_dict()
-    tensors["temperature"] = torch.tensor([fit_temperature(differences[best][split == DEV])])
-    save_stage(out, tensors, {**record, "k": k, "seed_kept": best, "accuracy": found,
-                              "k_curve": {str(option): loss for option, loss in curve.items()}})
-    return time.perf_counter() - started
+    tensors |= head.state_dict()
+    tensors["temperature"] = torch.tensor([fit_temperature(differences)])
+    tensors["range"] = quantile(torch.cat(largest), RANGE).reshape(1)
+    accuracy = float((differences > 0).float().mean()) if len(differences) else None
+    save_stage(out, tensors,
+               {**record, "k": k, "l2": l2, "accuracy_out_of_fold": accuracy, **extra})
 
 
-def share_right(differences):
-    """r_chosen - r_rejected [n] → the share above 0."""
-    return float((differences > 0).float().mean())
+def quantile(values, share):
+    """The value [] below which a share of the values [n] lies, of any number of values."""
+    return values.sort().values[min(len(values) - 1, int(share * len(values)))]
 
 
-def report(args, seconds, t, meta):
+def standardised(t):
+    """features.safetensors → chosen, rejected [n, 2K] with mean 0 and std 1 on train and dev.
+
+    In place, because they may be large.
+    """
+    return [t[side].sub_(t["mean"]).div_(t["std"]) for side in ("chosen", "rejected")]
+
+
+def train_linear(args, t, chosen, rejected, train_rows, record):
+    """→ (LinearHead, K, L2, out-of-fold differences, what else to record)."""
+    total = record["k"]
+    settings = record["settings"]
+    ks = [int(args.k)] if args.k.isdigit() else k_values(record["search_k"])
+    penalties = PENALTIES if args.l2 == "auto" else [args.l2]
+    extra = {"search": {}}
+    groups = torch.unique(t["group"][train_rows])
+    if "search_union" in t and len(groups) >= stage2.FEWEST_GROUPS:
+        found = search(t, [min(k, record["search_k"]) for k in ks], penalties, settings, args.k)
+        k, l2, differences = found.k, found.l2, found.differences
+        extra["search"] = {f"{k} {l2:g}": loss for (k, l2), loss in found.losses.items()}
+        if args.k.isdigit():
+            k = int(args.k)
+    else:
+        print(f"note: only {len(groups)} prompts to train on: no search, K = "
+              f"{min(LITTLE['k'], total)} and "
+              f"L2 = {LITTLE['l2']} unless you say otherwise")
+        k = ks[0] if args.k.isdigit() else min(LITTLE["k"], total)
+        l2 = LITTLE["l2"] if args.l2 == "auto" else args.l2
+        differences = torch.zeros(0)
+    columns = columns_of(k, total)
+    head = fit_linear(chosen[train_rows][:, columns], rejected[train_rows][:, columns],
+                      settings["loss"], l2, settings["margin"])
+    return head, k, l2, differences, extra
+
+
+def train_mlp(args, t, chosen, rejected, train_rows, record):
+    """Stop on one fifth with the latents that were selected without it, then as many steps on all.
+
+    → (MLPHead, K, L2, differences of that fifth, what else to record)
+    """
+    total = record["k"]
+    if "search_union" not in t:
+        raise UserError("too few prompts for an MLP, which stops on a fifth of them · --head mlp · "
+                        f"at least {stage2.FEWEST_GROUPS}, or --head linear")
+    settings = {name: value for name, value in record["settings"].items() if name != "kind"}
+    l2 = MLP_L2 if args.l2 == "auto" else args.l2
+    k = int(args.k) if args.k.isdigit() else total
+    train, held = fold_pair(t, 0, min(k, record["search_k"]))
+    best = (float("inf"), None)
+    for seed in range(args.seeds):
+        head, steps, loss = fit_mlp(*train, l2=l2, seed=seed, held=held, **settings)
+        best = min(best, (loss, (seed, steps, head)), key=lambda found: found[0])
+    seed, steps, head = best[1]
+    differences = head(held[0]) - head(held[1])
+
+    columns = columns_of(k, total)
+    head, _, _ = fit_mlp(chosen[train_rows][:, columns], rejected[train_rows][:, columns], l2=l2,
+                         seed=seed, steps=steps, **settings)
+    return head, k, l2, differences, {"steps": steps, "seed_kept": seed, "search": {}}
+
+
+def fold_pair(t, number, k):
+    """The search tensors without a fold, and that fold → two (chosen, rejected), standardised."""
+    held = t["fold"][t["search_pair"]] == number
+    latents = t["search_latents"][number]
+    at = torch.searchsorted(t["search_union"], latents)[columns_of(k, len(latents) // 2)]
+    sides = [t["search_chosen"][:, at], t["search_rejected"][:, at]]
+    mean, std = stage2.standardisation(sides, ~held)
+    chosen, rejected = [(side - mean) / std for side in sides]
+    return (chosen[~held], rejected[~held]), (chosen[held], rejected[held])
+
+
+def report(args, out, seconds, t, meta):
     """The table at the end."""
-    found = meta["accuracy"]
     trained = trained_parameters(head_from(t))
-    if meta["k_curve"]:
-        curve = [f"{k}: {meta['k_curve'][k]:.3f}" for k in sorted(meta["k_curve"], key=int)]
-        print("\ndev loss by K   " + "   ".join(curve))
     print()
-    print(f"head         {args.head}, loss {args.loss}, K = {meta['k']} a side ({2 * meta['k']} "
-          "directions)")
-    print(f"accuracy     train {found['train']:.3f} · dev {found['dev']:.3f} (all {args.seeds} "
-          "seeds: "
-          f"{min(found['dev_of_seeds']):.3f} to {max(found['dev_of_seeds']):.3f}; test is read by "
-          "stage 4 only)")
+    if meta["search"]:
+        print("loss out of fold, by K (with its best L2)")
+        for k, (loss, l2) in losses_by_k(meta["search"]).items():
+            mark = "  ← taken" if k == meta["k"] else ""
+            print(f"  K = {k:<5} {loss:.4f}   L2 {l2}{mark}")
+    print(f"head         {meta['settings']['kind']}, loss {meta['settings']['loss']}, K = "
+          f"{meta['k']} a side "
+          f"({2 * meta['k']} directions), L2 {meta['l2']:g}")
+    if meta["accuracy_out_of_fold"] is not None:
+        print(f"out of fold  {meta['accuracy_out_of_fold']:.3f} of the train and dev pairs right, "
+              "by "
+              "heads that had not seen them")
     print(f"parameters   {trained:,} trained, {trained / meta['parameters']:.2e} of the backbone's "
           f"{meta['parameters']:,}")
     print(f"temperature  {float(t['temperature']):.3f}")
     print("time         "
           f"{'found complete, not trained again' if seconds is None else f'{seconds:.1f} s'}")
-    print(f"written      {args.run}/reward_head.safetensors")
-    print(f"\nnext: python 04_evaluate.py --run {args.run}")
+    print(f"written      {out}")
+    name = f" --name {args.name}" if args.name else ""
+    print(f"\nnext: python 04_evaluate.py --run {args.run}{name}")
+
+
+def losses_by_k(found):
+    """{"K L2": loss} → {K: (least loss, its L2)} by rising K."""
+    rows = {}
+    for option, loss in found.items():
+        k, l2 = option.split(" ")
+        rows[int(k)] = min(rows.get(int(k), (float("inf"), "")), (loss, l2))
+    return dict(sorted(rows.items()))
 
 
 if __name__ == "__main__":

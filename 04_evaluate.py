@@ -1,38 +1,51 @@
-"""Stage 4: does it hold? Accuracy with intervals, controls, curves, latents, a page to look at.
+"""Stage 4: does it hold? A verdict in words, accuracy with intervals, controls, curves, a page.
 
 reads   features.safetensors · reward_head.safetensors · activations/ · pairs.jsonl · the SAE
-writes  evaluation.json   every number but times        timings.json   seconds
-        report.html       one file, opens offline       *.png          its pictures
+writes  evaluation.json     every number but times      timings.json    seconds
+        report.html         one file, opens offline     *.png           its pictures
 
-    python 04_evaluate.py --run runs/demo
-    python 04_evaluate.py --run runs/demo --sweeps full --other safe=runs/demo-safe
-    python 04_evaluate.py --run runs/demo --explain "Can a duck swim?" "Yes." "No."
+    python 04_evaluate.py --run runs/demo-safe
+    python 04_evaluate.py --run runs/demo-safe --sweeps full --other truthful=runs/demo-truthful
+    python 04_evaluate.py --run runs/demo-safe --explain "Can a duck swim?" "Yes." "No, it cannot."
 
-Nothing was chosen by test pairs before this stage. Every control gets the same pairs and the same
-loss, and its choices on dev:
+Two questions, kept apart. *How good is this head?* One number on the test split, which no choice of
+this run has seen. *Does the method need its parts?* Five folds over all pairs: each pair is tested
+once, by heads trained on the other four fifths, and everything is chosen again within those:
+latents, mean and std, K and the penalty, by cross-validation inside. Every control gets the same
+search:
 
-    dense               the same head on the whole hidden state z
-    random_directions   Gaussian directions instead of decoder rows
-    random_latents      decoder rows of latents drawn at random among those that fire
-    activations         the SAE's activations f_j of the chosen latents instead of <z, d_j>
-    words               1- and 2-grams of the response, hashed: what the wording alone gives away
-    length              the longer (or the shorter) response, whichever wins on train
-    shuffled_labels     the whole method on labels shuffled before selection: must be near 0.5
+    dense                   all of the hidden state z
+    random_directions       Gaussian directions instead of decoder rows
+    picked_directions       of 16,384 Gaussian ones those that separate best: the same freedom to
+                            choose, without an SAE
+    picked_latents          of 16,384 decoder rows those that separate best, by the same statistic
+    difference_of_means     one direction, mean z of chosen minus mean z of rejected
+    principal_directions    of the differences z_chosen - z_rejected
+    random_latents          decoder rows of latents drawn among those that fire
+    activations             the SAE's activations f_j of the chosen latents instead of <z, d_j>
+    words                   1- and 2-grams of the response: what the wording alone gives away
+    length                  the longer (or the shorter) response, whichever wins on the other folds
+    blind                   dense, on responses read under one fixed prompt that is not theirs: what
+                            the answer gives away without its question (on 300 pairs at most)
+    shuffled_labels         the whole method on shuffled labels: must be near one half
+    paper                   the paper's own head: MLP of 512, margin loss, K = 128
 
-An interval is the middle 95 % of 2,000 bootstrap draws over groups (prompts). "Better than a
-control" needs the interval of the *difference* clear of 0 (there a tie counts half). The paper
-reports no intervals.
+An interval is the middle 95 % of 2,000 bootstrap draws over prompts. "Better than a control" needs
+the interval of the *difference* clear of 0 (there a tie counts half). The paper reports no
+intervals.
 """
 
 import argparse
 import contextlib
 import importlib
+import itertools
 import json
 import math
 import re
 import time
 import zlib
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -41,13 +54,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from parts import latents, report
+from parts.chat import render
 from parts.files import UserError, file_hash, load_stage, run_main, write_text
 from parts.statistics import (
     bootstrap,
-    bootstrap_weights,
     calibration,
+    gap,
     length_figures,
-    points,
     side_by_side,
     summary,
 )
@@ -56,171 +69,511 @@ from sae import SAEError
 stage1 = importlib.import_module("01_extract")
 stage2 = importlib.import_module("02_select_features")
 stage3 = importlib.import_module("03_train_head")
-TRAIN, DEV, TEST = stage1.TRAIN, stage1.DEV, stage1.TEST
-NO_SPLIT = 3                # a pair that is neither of the three: left out
+TEST = stage1.TEST
 SIDES = ("chosen", "rejected")
-WORD_COLUMNS = 2**13        # at most
-FORMAT = 2                  # of evaluation.json: one of an older format is made anew
-
-# dense and words have no K: dev chooses their L2 penalty instead
-PENALTIES = (0.0001, 0.001, 0.01, 0.1, 1.0)
-DENSE = {penalty: {"columns": slice(None), "weight_decay": penalty} for penalty in PENALTIES}
-ALL = {"all": {"columns": slice(None)}}
+CANDIDATES = 16_384         # directions that the picked controls choose from, at most
+WORD_COLUMNS = 2**13        # grams, at most
+BLIND_PAIRS = 300
+BLIND_PROMPT = "Please answer."
+FORMAT = 3                  # of evaluation.json: one of an older format is made anew
 
 
 # ---------------------------------------------------------------- the data of a run
 
 class Pairs:
-    """Pairs of a run: z of both sides, split, group, lengths, and their rows in pairs.jsonl."""
+    """Pairs with z of both sides [n, d], group, fold, response lengths, and rows in pairs.jsonl."""
 
-    def __init__(self, z, split, group, tokens, pairs):
+    def __init__(self, z, split, group, tokens, pairs, folds=5):
         self.z = z                  # [chosen, rejected], each [n, d] float32
         self.split = split          # [n]
         self.group = group          # [n] numpy
         self.tokens = tokens        # [chosen, rejected], each [n] numpy
         self.pairs = pairs
-
-    @property
-    def train(self):
-        """Which pairs are in the train split, bool [n]."""
-        return self.split == TRAIN
-
-    @property
-    def test(self):
-        """Which pairs are in the test split, bool [n]."""
-        return self.split == TEST
+        self.folds = min(folds, len(np.unique(group)))
+        everything = torch.ones(len(split), dtype=torch.bool)
+        self.fold = stage2.folds_of(torch.from_numpy(group), everything, self.folds)    # [n]
 
     def part(self, rows):
-        """Only the pairs where rows [n] is true: all that a control may see of them."""
+        """Only the pairs where rows [n] is true."""
         at = rows.nonzero().flatten().numpy()
         return Pairs([z[rows] for z in self.z], self.split[rows], self.group[at],
-                     [tokens[at] for tokens in self.tokens],
-                     [self.pairs[n] for n in at])
+                     [tokens[at] for tokens in self.tokens], [self.pairs[n] for n in at],
+                     self.folds)
+
+    def used(self, left_out):
+        """Which pairs are in none of these folds, bool [n]."""
+        return ~torch.isin(self.fold, torch.tensor(left_out, dtype=torch.int8))
 
     def responses(self):
         """The texts of both sides: [chosen, rejected], each a list of n."""
         return [[pair[side] for pair in self.pairs] for side in SIDES]
 
 
-def read_pairs(run, paths):
-    """All pairs of a run, from its activation shards → what Pairs takes."""
+def read_pairs(run, paths, meta):
+    """All pairs of a run, from its shards → what Pairs takes; z as stage 2 projects it."""
     chunks = list(stage2.read_chunks(paths))
     columns = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
     with open(Path(run) / "pairs.jsonl", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
-    return {
-        "z": [columns[side].float() for side in SIDES],
-        "split": columns["split"],
-        "group": columns["group"].numpy(),
-        "tokens": [columns[f"{side}_tokens"].numpy() for side in SIDES],
-        "pairs": rows,
-    }
+    z = [stage2.normalise(columns[side].float(), meta["normalise"], meta["norm_eps"])
+         for side in SIDES]
+    return {"z": z, "split": columns["split"], "group": columns["group"].numpy(),
+            "tokens": [columns[f"{side}_tokens"].numpy() for side in SIDES], "pairs": rows}
 
 
 class Data(Pairs):
     """The pairs of the run that is evaluated, and what stages 2 and 3 recorded."""
 
-    def __init__(self, run, sae_path=None):
+    def __init__(self, run, name=None, sae_path=None, folds=5):
         self.run = Path(run)
-        self.features, self.meta = load_stage(self.run / "features.safetensors",
-                                              "02_select_features.py", "select")
-        self.head, self.head_meta = load_stage(self.run / "reward_head.safetensors",
-                                               "03_train_head.py", "head")
-        paths, _ = stage2.shard_files(run, self.meta["layer"])
-        self.check_lineage(paths)
-        super().__init__(**read_pairs(run, paths))
-        if not self.test.any():
-            raise UserError(f"no pair is in the test split · {run} · more pairs, or another "
-                            "--split in 01")
-        self.sae = self.open_sae(sae_path or self.meta["sae"])
-        self.settings = self.head_meta["settings"]      # of fit_head: the controls get the same
-        self.total = self.meta["k"]                     # latents a side that were selected
-
-    def check_lineage(self, paths):
-        """Refuse files that do not belong together."""
+        self.folder = stage2.folder_of(run, name)
+        self.head_path = self.folder / "reward_head.safetensors"
+        features = stage2.features_path(run, name)
+        self.features, self.meta = load_stage(features, "02_select_features.py", "select")
+        self.head, self.head_meta = load_stage(self.head_path, "03_train_head.py", "head")
+        paths, _ = stage2.shard_files(run, self.meta["layer"], self.meta["token"])
         if [file_hash(path) for path in paths] != self.meta["parent"]["activations"]:
             raise UserError("the activations are not those that features.safetensors was made "
-                            f"from · {self.run} · "
-                            "run 02 and 03 again")
-        if self.head_meta["parent"]["features"] != file_hash(self.run / "features.safetensors"):
-            raise UserError("reward_head.safetensors was made from another features.safetensors · "
-                            f"{self.run} · run 03 again")
+                            f"from · {run} · run 02 and 03 again")
+        if self.head_meta["parent"]["features"] != file_hash(features):
+            raise UserError(f"{self.head_path} was made from another features.safetensors · "
+                            f"{run} · run 03 again")
+        super().__init__(**read_pairs(run, paths, self.meta), folds=folds)
+        if self.folds < 3:
+            raise UserError(f"{self.folds} prompts cannot be tested by folds · {run} · "
+                            "more pairs: 200 prompts are a start")
+        self.sae = self.open_sae(sae_path or self.meta["sae"])
+        self.settings = self.head_meta["settings"]
+        self.asked = self.head_meta["asked"]
+        self.total = self.meta["k"]                 # latents a side that stage 2 kept
+        self.counts = fold_counts(self.sae, self.sae_z(), self.fold)
+
+    def sae_z(self):
+        """z as the SAE reads it: not normalised."""
+        if self.meta["normalise"] == "none":
+            return self.z
+        paths, _ = stage2.shard_files(self.run, self.meta["layer"], self.meta["token"])
+        return read_pairs(self.run, paths, {**self.meta, "normalise": "none"})["z"]
 
     def open_sae(self, place):
         """The SAE that stage 2 chose the latents with."""
         sae = stage2.open_sae(place, self.meta["sae_dtype"], self.meta["k_sae"])
         if file_hash(sae.info["weights"]) != self.meta["parent"]["sae"]:
-            raise UserError(f"not the SAE that features.safetensors was made with · {place} · run "
-                            "02 again, or pass --sae")
+            raise UserError("not the SAE that features.safetensors was made with · "
+                            f"{place} · run 02 again, or pass --sae")
         return sae
+
+    def selected(self, left_out):
+        """Stage 2's selection without some folds → latents."""
+        frequency = stage2.frequencies(self.counts, self.fold, left_out)
+        return stage2.select_latents(*frequency, self.meta["k_asked"])
+
+    def left_outs(self):
+        """Every set of folds that is left out of a training: none, one, two."""
+        numbers = range(self.folds)
+        return [(), *itertools.combinations(numbers, 1), *itertools.combinations(numbers, 2)]
+
+
+def fold_counts(sae, z, fold):
+    """In how many responses of each fold does each latent fire → [folds, 2, d_sae]."""
+    return stage2.firing_counts(sae, [{"chosen": z[0], "rejected": z[1]}], fold)
 
 
 def other_set(data, name, run):
-    """The test pairs of another run whose questions this head has not seen."""
-    paths, meta = stage2.shard_files(run, data.meta["layer"])
+    """The pairs of another run whose questions are not in this one."""
+    paths, meta = stage2.shard_files(run, data.meta["layer"], data.meta["token"])
     for key in ("model", "files", "template", "layer", "token", "max_length"):
         if meta[key] != data.meta[key]:
-            raise UserError(f"{key} {meta[key]} there, {data.meta[key]} here · --other "
-                            f"{name}={run} · extract it with the same {key}")
-    other = Pairs(**read_pairs(run, paths))
-    # questions that this head was trained on
-    seen = np.isin(other.group, data.group[(data.split != TEST).numpy()])
-    unseen = other.test & ~torch.from_numpy(seen)
+            raise UserError(f"{key} {meta[key]} there, {data.meta[key]} here · "
+                            f"--other {name}={run} · extract it with the same {key}")
+    other = Pairs(**read_pairs(run, paths, data.meta))
+    unseen = torch.from_numpy(~np.isin(other.group, data.group))
     if not unseen.any():
-        raise UserError(f"no test pair that this head has not seen · --other {name}={run} · "
+        raise UserError(f"no pair that this run has not seen · --other {name}={run} · "
                         "another data set")
     return other.part(unseen)
 
 
-# ---------------------------------------------------------------- what the controls see of a pair
+# ---------------------------------------------------------------- folds
+
+@dataclass
+class View:
+    """What a head sees of pairs."""
+    scores: object              # function of Pairs → [chosen, rejected], [n, m] each
+    columns: object = None      # function of K → column numbers; None: there is no K
+    scale: bool = True          # standardise first
+
+
+def first_columns(k):
+    """Of directions in order: the first 2K."""
+    return torch.arange(2 * k)
+
+
+@dataclass
+class Outcome:
+    """A method tested on every pair once."""
+    differences: np.ndarray                         # r_chosen - r_rejected [n]
+    choices: list = field(default_factory=list)     # (K, L2) of each fold
+    by_k: dict = field(default_factory=dict)        # {K: differences [n]}
+    of_others: dict = field(default_factory=dict)   # {name of another set: differences}
+
+
+@dataclass
+class Fitted:
+    """A head with the scaling that it was trained on."""
+    head: torch.nn.Module
+    columns: object
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def differences(self, sides):
+        """[chosen, rejected] → r_chosen - r_rejected [n]."""
+        chosen, rejected = [self.head(((x - self.mean) / self.std)[:, self.columns]) for x in sides]
+        return chosen - rejected
+
+    def losses(self, sides, pair_loss):
+        """[chosen, rejected] → the loss of each pair [n]."""
+        chosen, rejected = [self.head(((x - self.mean) / self.std)[:, self.columns]) for x in sides]
+        return pair_loss(chosen, rejected)
+
+
+def fit_path(view, sides, rows, ks, penalties, settings):
+    """Yield ((K, L2), Fitted) for every K and penalty; trained on the given rows (bool [n])."""
+    mean, std = torch.zeros(()), torch.ones(())
+    if view.scale:
+        mean, std = stage2.standardisation(sides, rows)
+    chosen, rejected = [(x[rows] - mean) / std for x in sides]
+    for k in ks:
+        columns = slice(None) if view.columns is None else view.columns(k)
+        path = stage3.penalty_path(chosen[:, columns], rejected[:, columns], penalties,
+                                   settings["loss"], settings["margin"])
+        for l2, head in path:
+            yield (k, l2), Fitted(head, columns, mean, std)
+
+
+def out_of_fold(pairs, select, ks, settings, rule="auto", curve=False, others=None,
+                penalties=stage3.PENALTIES):
+    """Test a method on every pair, by heads that have seen neither it nor its fold → Outcome.
+
+    select: function of the folds left out → View, chosen without them. Inside the other folds K and
+    L2 are chosen by cross-validation; a head trained without folds a and b is tested on b for the
+    choice when a is the test fold, and on a when b is: so five folds inside five cost ten fits.
+    curve: also every K by itself. others: other sets to read with a head of all pairs.
+    """
+    pair_loss = stage3.loss_named(settings["loss"], settings["margin"])
+    losses = {fold: {} for fold in range(pairs.folds)}          # of each test fold: {option: [n]}
+    for a, b in itertools.combinations(range(pairs.folds), 2):
+        view = select((a, b))
+        sides = view.scores(pairs)
+        rows = pairs.used((a, b))
+        for option, fitted in fit_path(view, sides, rows, ks, penalties, settings):
+            values = fitted.losses(sides, pair_loss)
+            for test, held in ((a, b), (b, a)):
+                table = losses[test].setdefault(option, torch.zeros(len(pairs.fold)))
+                table[pairs.fold == held] = values[pairs.fold == held]
+
+    outcome = Outcome(np.zeros(len(pairs.fold)))
+    for test in range(pairs.folds):
+        rows = pairs.used((test,))
+        seen = {option: loss[rows] for option, loss in losses[test].items()}
+        groups = pairs.group[rows.numpy()]
+        choice = stage3.choose(seen, groups, rule)
+        outcome.choices.append(choice)
+        wanted = {choice}
+        for k in ks if curve else ():
+            of_k = [option for option in seen if option[0] == k]
+            wanted.add(min(of_k, key=lambda option: float(seen[option].mean())))
+
+        view = select((test,))
+        sides = view.scores(pairs)
+        at = (pairs.fold == test).numpy()
+        for k, l2 in sorted(wanted):
+            [(_, fitted)] = fit_path(view, sides, rows, [k], [l2], settings)
+            found = fitted.differences([side[pairs.fold == test] for side in sides]).numpy()
+            if (k, l2) == choice:
+                outcome.differences[at] = found
+            if curve:
+                outcome.by_k.setdefault(k, np.zeros(len(pairs.fold)))[at] = found
+    if others:
+        k, l2 = Counter(outcome.choices).most_common(1)[0][0]
+        view = select(())
+        everything = pairs.used(())
+        [(_, fitted)] = fit_path(view, view.scores(pairs), everything, [k], [l2], settings)
+        for name, other in others.items():
+            outcome.of_others[name] = fitted.differences(view.scores(other)).numpy()
+    return outcome
+
+
+def too_few(pairs):
+    """Too few prompts for a search inside the folds."""
+    return len(np.unique(pairs.group)) < 2 * stage2.FEWEST_GROUPS or pairs.folds < 3
+
+
+def fixed_choice(pairs, select, settings, k):
+    """As out_of_fold, without a search: where prompts are too few, K and L2 are set."""
+    l2 = stage3.LITTLE["l2"]
+    outcome = Outcome(np.zeros(len(pairs.fold)), [(k, l2)] * pairs.folds)
+    for test in range(pairs.folds):
+        view = select((test,))
+        sides = view.scores(pairs)
+        [(_, fitted)] = fit_path(view, sides, pairs.used((test,)), [k], [l2], settings)
+        held = [side[pairs.fold == test] for side in sides]
+        outcome.differences[(pairs.fold == test).numpy()] = fitted.differences(held).numpy()
+    return outcome
+
+
+# ---------------------------------------------------------------- SparseRM itself
+
+def ks_of(data, found):
+    """The values of K to choose from, of `found` a side; a fold that has fewer takes all it has."""
+    if data.asked["k"].isdigit():
+        return [min(int(data.asked["k"]), found)]
+    return stage3.k_values(found)
+
+
+def test_method(data, select, ks, others=None, curve=False):
+    """out_of_fold with the settings of the head, or without a search on very few prompts."""
+    settings = {**data.settings, "kind": "linear"}
+    if too_few(data):
+        return fixed_choice(data, select, settings, min(stage3.LITTLE["k"], ks[-1] or 1))
+    rule = data.asked["k"] if data.asked["k"] in ("auto", "best") else "best"
+    penalties = stage3.PENALTIES if data.asked["l2"] == "auto" else [data.asked["l2"]]
+    return out_of_fold(data, select, ks, settings, rule, curve, others, penalties)
+
+
+def select_by(data, selections, read):
+    """→ select(left_out): the View of `read(pairs, latents)` with the latents of each selection."""
+    def select(left_out):
+        chosen_latents = selections[left_out]
+        total = len(chosen_latents) // 2
+
+        def columns(k):
+            return stage3.columns_of(min(k, total), total)
+
+        def scores(pairs):
+            return read(pairs, chosen_latents)
+        return View(scores, columns)
+    return select
+
+
+def project_on(data):
+    """→ read(pairs, latents): alignment scores of their decoder rows."""
+    def read(pairs, chosen_latents):
+        return score_pairs(pairs, data.sae.W_dec[chosen_latents])
+    return read
+
 
 def score_pairs(pairs, directions):
     """Alignment scores of both sides, [n, len(directions)] each."""
     return [stage2.alignment_scores(z, directions) for z in pairs.z]
 
 
-def activation_pairs(pairs, sae, chosen_latents):
-    """SAE activations of both sides, [n, len(chosen_latents)] each."""
-    return [latents.latent_activations(sae, z, chosen_latents) for z in pairs.z]
+def sparserm(data, others=None):
+    """The method: latents by firing frequency, projections on their decoder rows."""
+    selections = {left_out: data.selected(left_out) for left_out in data.left_outs()}
+    select = select_by(data, selections, project_on(data))
+    ks = ks_of(data, data.total)
+    if data.settings["kind"] == "mlp":
+        return mlp_out_of_fold(data, select, ks[-1], data.settings, data.head_meta["l2"])
+    return test_method(data, select, ks, others, curve=True)
 
 
-def gaussian_directions(count, width, seed):
+def paper(data, others=None):
+    """The paper's own head: an MLP of 512 with the margin loss on all K directions."""
+    selections = {left_out: data.selected(left_out) for left_out in data.left_outs()}
+    select = select_by(data, selections, project_on(data))
+    settings = {**stage3.DEFAULTS, "kind": "mlp", "loss": "margin"}
+    return mlp_out_of_fold(data, select, data.total, settings, stage3.MLP_L2)
+
+
+def mlp_out_of_fold(pairs, select, k, settings, l2):
+    """An MLP on every pair: stopped on the next fold, then as many steps on all other folds."""
+    settings = {name: value for name, value in settings.items() if name != "kind"}
+    outcome = Outcome(np.zeros(len(pairs.fold)), [(k, l2)] * pairs.folds)
+    for test in range(pairs.folds):
+        following = (test + 1) % pairs.folds
+        left_out = tuple(sorted((test, following)))
+        train, held = mlp_sides(pairs, select(left_out), k, pairs.used(left_out), following)
+        _, steps, _ = stage3.fit_mlp(*train, l2=l2, held=held, **settings)
+        train, tested = mlp_sides(pairs, select((test,)), k, pairs.used((test,)), test)
+        head, _, _ = stage3.fit_mlp(*train, l2=l2, steps=steps, **settings)
+        found = (head(tested[0]) - head(tested[1])).numpy()
+        outcome.differences[(pairs.fold == test).numpy()] = found
+    return outcome
+
+
+def mlp_sides(pairs, view, k, rows, held):
+    """Standardised sides [chosen, rejected] → (those of the given rows, those of a fold)."""
+    sides = view.scores(pairs)
+    mean, std = stage2.standardisation(sides, rows)
+    columns = slice(None) if view.columns is None else view.columns(k)
+    scaled = [((side - mean) / std)[:, columns] for side in sides]
+    return [x[rows] for x in scaled], [x[pairs.fold == held] for x in scaled]
+
+
+# ---------------------------------------------------------------- the controls, a function each
+
+def dense(data, others=None):
+    """The same head on all of z: what SparseRM leaves out."""
+    def whole(pairs):
+        return pairs.z
+
+    def select(left_out):
+        return View(whole)
+    if data.settings["kind"] == "mlp":
+        return mlp_out_of_fold(data, select, None, data.settings, data.head_meta["l2"])
+    return test_method(data, select, [None], others)
+
+
+def random_directions(data, others=None):
+    """Gaussian directions: what any projection of this size tells."""
+    directions = gaussian_directions(2 * data.total, data.z[0].shape[1])
+
+    def select(left_out):
+        return directions_view(directions)
+    return test_method(data, select, ks_of(data, data.total), others, curve=True)
+
+
+def directions_view(directions):
+    """The View that projects on directions in the order in which they are to be taken."""
+    def scores(pairs):
+        return score_pairs(pairs, directions)
+    return View(scores, first_columns)
+
+
+def gaussian_directions(count, width, seed=0):
     """Random directions of norm 1, [count, width]."""
     generator = torch.Generator().manual_seed(seed)
     return F.normalize(torch.randn(count, width, generator=generator), dim=1)
 
 
-def living_directions(data, count, seed):
-    """Decoder rows [count, d] of random latents that fire on some train response."""
-    frequency = data.features["frequency_chosen"] + data.features["frequency_rejected"]
-    alive = (frequency > 0).nonzero().flatten()
-    order = torch.randperm(len(alive), generator=torch.Generator().manual_seed(seed))
-    return data.sae.W_dec[alive[order[:count]]]
+def random_latents(data, others=None):
+    """Decoder rows of latents drawn at random among those that fire: does it matter which ones?"""
+    alive = (data.counts.sum((0, 1)) > 0).nonzero().flatten()
+    order = torch.randperm(len(alive), generator=torch.Generator().manual_seed(0))
+    drawn = alive[order[:2 * data.total]]
+    directions = data.sae.W_dec[drawn]
+
+    def select(left_out):
+        return directions_view(directions)
+    return test_method(data, select, ks_of(data, len(drawn) // 2), others, curve=True)
+
+
+def picked_directions(data, others=None):
+    """Gaussian directions with the freedom to choose: those that separate best."""
+    return picked(data, gaussian_directions(CANDIDATES, data.z[0].shape[1], seed=1), others)
+
+
+def picked_latents(data, others=None):
+    """Decoder rows that separate best, by another statistic than SparseRM's."""
+    order = torch.randperm(data.sae.d_sae, generator=torch.Generator().manual_seed(0))
+    return picked(data, data.sae.W_dec[order[:CANDIDATES]].float(), others)
+
+
+def picked(data, candidates, others):
+    """The candidates with the largest standardised mean difference on the pairs trained on.
+
+    |mean(<z_c - z_r, d>)| / std(<z_c - z_r, d>), from sums over each fold.
+    """
+    sums = torch.zeros(data.folds, len(candidates), dtype=torch.float64)
+    squares = torch.zeros_like(sums)
+    for number in range(data.folds):
+        for rows in (data.fold == number).nonzero().flatten().split(1024):
+            difference = (data.z[0][rows] - data.z[1][rows]) @ candidates.T
+            sums[number] += difference.double().sum(0)
+            squares[number] += difference.double().square().sum(0)
+
+    def select(left_out):
+        used = [number for number in range(data.folds) if number not in left_out]
+        n = int(data.used(left_out).sum())
+        mean = sums[used].sum(0) / n
+        variance = (squares[used].sum(0) / n - mean.square()).clamp_min(1e-12)
+        best = (mean.abs() / variance.sqrt()).argsort(descending=True, stable=True)
+        return directions_view(candidates[best[:2 * data.total]])
+    most = min(data.total, len(candidates) // 2)
+    return test_method(data, select, ks_of(data, most), others, curve=True)
+
+
+def difference_of_means(data, others=None):
+    """One direction: the mean of z_chosen minus the mean of z_rejected."""
+    def select(left_out):
+        rows = data.used(left_out)
+        direction = (data.z[0][rows] - data.z[1][rows]).mean(0, keepdim=True)
+
+        def scores(pairs):
+            return score_pairs(pairs, direction)
+        return View(scores)
+    return test_method(data, select, [None], others)
+
+
+def principal_directions(data, others=None):
+    """Principal directions of the differences z_chosen - z_rejected, the largest first."""
+    most = min(2 * data.total, data.z[0].shape[1])
+
+    def select(left_out):
+        rows = data.used(left_out)
+        difference = (data.z[0][rows] - data.z[1][rows]).double()
+        _, vectors = torch.linalg.eigh(difference.T @ difference)       # the largest last
+        return directions_view(vectors.flip(1)[:, :most].T.float())
+    return test_method(data, select, ks_of(data, most // 2), others)
+
+
+def activations(data, others=None):
+    """What the chosen latents fire, instead of the projection on their decoder rows."""
+    selections = {left_out: data.selected(left_out) for left_out in data.left_outs()}
+    union = torch.unique(torch.cat(list(selections.values())))
+    f = activation_pairs(data.sae, data.sae_z(), union)         # encoded once
+
+    def read(pairs, chosen_latents):
+        if pairs is data:
+            at = torch.searchsorted(union, chosen_latents)
+            return [side[:, at] for side in f]
+        return activation_pairs(data.sae, pairs.z, chosen_latents)
+    ks = ks_of(data, data.total)
+    raw = data.meta["normalise"] == "none"  # other sets hold z as it is projected
+    return test_method(data, select_by(data, selections, read), ks, others if raw else None,
+                       curve=True)
+
+
+def activation_pairs(sae, z, chosen_latents):
+    """SAE activations of both sides, [n, len(chosen_latents)] each."""
+    return [latents.latent_activations(sae, side, chosen_latents) for side in z]
+
+
+def words(data, others=None):
+    """The wording of the response alone."""
+    def select(left_out):
+        features = WordFeatures(data.responses(), data.used(left_out))
+
+        def rows(pairs):
+            return features(pairs.responses())
+        return View(rows, scale=False)
+    return test_method(data, select, [None], others)
 
 
 def grams(text):
     """The 1- and 2-grams of a text, hashed → set of int."""
-    words = re.findall(r"\w+", text.casefold())
-    pairs_of_words = [f"{first} {second}" for first, second in zip(words, words[1:])]
-    return {zlib.crc32(gram.encode()) % 2**20 for gram in words + pairs_of_words}
+    found = re.findall(r"\w+", text.casefold())
+    pairs_of_words = [f"{first} {second}" for first, second in zip(found, found[1:])]
+    return {zlib.crc32(gram.encode()) % 2**20 for gram in found + pairs_of_words}
 
 
 class WordFeatures:
-    """Responses → rows over the grams of at least two train responses (the WORD_COLUMNS most
-    frequent).
+    """Responses → rows over the grams of at least two train responses, the most frequent ones.
 
     Weighted by rarity, log(responses / responses with this gram); rows of norm 1.
     """
 
-    def __init__(self, texts, split):
-        """texts: [chosen, rejected], each a list of n; split [n]."""
+    def __init__(self, texts, rows):
+        """texts: [chosen, rejected], each a list of n; rows: those to train on, bool [n]."""
         count = Counter()
-        for n in (split == TRAIN).nonzero().flatten().tolist():
+        used = rows.nonzero().flatten().tolist()
+        for n in used:
             for side in texts:
                 count.update(grams(side[n]))
         frequent = [gram for gram, responses in count.most_common(WORD_COLUMNS) if responses > 1]
         self.column = {gram: place for place, gram in enumerate(frequent)}
-        self.rarity = torch.tensor([math.log(2 * len(split) / count[gram]) for gram in frequent])
+        self.rarity = torch.tensor([math.log(2 * len(used) / count[gram]) for gram in frequent])
 
     def rows(self, texts):
         """A list of n texts → [n, columns]."""
@@ -235,198 +588,142 @@ class WordFeatures:
         return [self.rows(side) for side in texts]
 
 
-# ---------------------------------------------------------------- one head on one view
-
-class Fitted:
-    """A head trained on one view of the train and dev pairs, and that view's scaling."""
-
-    def __init__(self, choice, head, columns, mean, std):
-        self.choice = choice        # the name of the option with the lowest dev loss
-        self.head = head
-        self.columns = columns
-        self.mean = mean            # 0 and 1 where nothing is scaled
-        self.std = std
-
-    def rewards(self, x):
-        """What the head says of one side [n, m] → [n]."""
-        return self.head(((x - self.mean) / self.std)[:, self.columns])
-
-    def differences(self, chosen, rejected):
-        """r_chosen - r_rejected [n] numpy, of any pairs."""
-        return (self.rewards(chosen) - self.rewards(rejected)).numpy()
+def length(data, others=None):
+    """The number of tokens alone: the longer response, or the shorter, whichever wins elsewhere."""
+    longer = longer_by(data)
+    outcome = Outcome(np.zeros(len(longer)))
+    for test in range(data.folds):
+        at = (data.fold == test).numpy()
+        sign = float(np.sign(np.sign(longer[~at]).sum()))       # 1: the longer one, -1: the shorter
+        outcome.differences[at] = sign * longer[at]
+        outcome.choices.append(("longer" if sign > 0 else "shorter", None))
+    sign = float(np.sign(np.sign(longer).sum()))
+    outcome.of_others = {name: sign * longer_by(pairs) for name, pairs in (others or {}).items()}
+    return outcome
 
 
-def fit_control(chosen, rejected, split, options, settings, seeds=(0,), scale=True):
-    """Search on dev, as stage 3 does for SparseRM → Fitted. chosen, rejected [n, m].
-
-    scale: standardise on train first. seeds: heads to train, of which the one with the lowest dev
-    loss is kept.
-    """
-    mean, std = torch.zeros(()), torch.ones(())
-    if scale:
-        mean, std = stage2.standardisation((chosen, rejected), split == TRAIN)
-        chosen = (chosen - mean) / std
-        rejected = (rejected - mean) / std
-    choice, heads, dev_losses, _ = stage3.fit_best(chosen, rejected, split, options, seeds,
-                                                   **settings)
-    best = heads[int(np.argmin(dev_losses))]
-    return Fitted(choice, best, options[choice]["columns"], mean, std)
+def longer_by(pairs):
+    """Tokens of chosen minus tokens of rejected [n]."""
+    return (pairs.tokens[0] - pairs.tokens[1]).astype(float)
 
 
-class Control:
-    """One trained control: a view (pairs → [n, m] a side) and the head that was fitted on it."""
+def shuffled_labels(data, others=None):
+    """The whole method, from the selection on, with the sides of half of the pairs swapped."""
+    coin = half_of_each_fold(data.fold)
+    chosen, rejected = data.z
+    swapped = Pairs([torch.where(coin[:, None], rejected, chosen),
+                     torch.where(coin[:, None], chosen, rejected)],
+                    data.split, data.group, data.tokens, data.pairs, data.folds)
+    raw_chosen, raw_rejected = data.sae_z()
+    counts = fold_counts(data.sae, [torch.where(coin[:, None], raw_rejected, raw_chosen),
+                                    torch.where(coin[:, None], raw_chosen, raw_rejected)],
+                                    data.fold)
 
-    def __init__(self, data, view, options, settings=None, seeds=None, scale=True, train=None):
-        """train: the pairs to fit on, where these are not the run's own. seeds: see fit_control."""
-        self.view = view
-        seeds = range(data.head_meta["asked"]["seeds"]) if seeds is None else seeds
-        chosen, rejected = view(train or data)
-        self.fitted = fit_control(chosen, rejected, data.split, options, settings or data.settings,
-                                  seeds, scale)
-        self.choice = self.fitted.choice
+    def selected(left_out):
+        return stage2.select_latents(*stage2.frequencies(counts, data.fold, left_out),
+                                     data.meta["k_asked"])
+    selections = {left_out: selected(left_out) for left_out in data.left_outs()}
+    read = project_on(data)
 
-    def differences(self, pairs):
-        """r_chosen - r_rejected of any pairs [n]."""
-        return self.fitted.differences(*self.view(pairs))
-
-
-# ------------------------------------------ the controls: each gives a list, one for a random draw
-
-def k_options_of(data):
-    """The values of K that stage 3 was asked to choose from."""
-    return stage3.k_options(data.total, data.head_meta["asked"]["k"])
-
-
-def dense(data, seeds):
-    """The same head on all of z: what SparseRM leaves out."""
-    def whole(pairs):
-        return pairs.z
-    return [Control(data, whole, DENSE)]
+    def read_swapped(pairs, chosen_latents):
+        return read(swapped if pairs is data else pairs, chosen_latents)
+    select = select_by(data, selections, read_swapped)
+    outcome = test_method(data, select, ks_of(data, data.total), others)
+    sign = torch.where(coin, -1.0, 1.0).numpy()                 # the labels as they are
+    outcome.differences *= sign
+    return outcome
 
 
-def projection(data, directions):
-    """SparseRM on other directions [2K, d]."""
-    def scores(pairs):
-        return score_pairs(pairs, directions)
-    return Control(data, scores, k_options_of(data))
-
-
-def random_directions(data, seeds):
-    """Gaussian directions: what any projection of this size tells."""
-    width = data.z[0].shape[1]
-    return [projection(data, gaussian_directions(2 * data.total, width, seed)) for seed in seeds]
-
-
-def random_latents(data, seeds):
-    """Decoder rows of latents drawn at random: does it matter which ones are taken?"""
-    return [projection(data, living_directions(data, 2 * data.total, seed)) for seed in seeds]
-
-
-def activations(data, seeds):
-    """What the chosen latents fire, instead of the projection on their decoder rows."""
-    def latents_of(pairs):
-        return activation_pairs(pairs, data.sae, data.features["latents"])
-    return [Control(data, latents_of, k_options_of(data))]
-
-
-def words(data, seeds):
-    """The wording of the response alone."""
-    features = WordFeatures(data.responses(), data.split)
-
-    def rows(pairs):
-        return features(pairs.responses())
-    return [Control(data, rows, DENSE, {**data.settings, "kind": "linear"}, seeds=(0,),
-                    scale=False)]
-
-
-class Longer:
-    """Prefer the longer response, or the shorter, whichever wins on train: no head."""
-
-    def __init__(self, data):
-        train = data.train.numpy()
-        # 1: the longer one, -1: the shorter
-        self.choice = float(np.sign(np.sign(self.longer(data)[train]).sum()))
-
-    def longer(self, pairs):
-        """Tokens of chosen minus tokens of rejected [n]."""
-        return (pairs.tokens[0] - pairs.tokens[1]).astype(np.float32)
-
-    def differences(self, pairs):
-        """Positive where the rule prefers chosen [n]."""
-        return self.choice * self.longer(pairs)
-
-
-def length(data, seeds):
-    """The number of tokens alone."""
-    return [Longer(data)]
-
-
-def shuffled_labels(data, seeds):
-    """The whole method, selection included, with half of the train and dev pairs swapped."""
-    found = []
-    for seed in seeds:
-        shuffled = data.part(torch.ones_like(data.split, dtype=torch.bool))
-        shuffled.z = shuffled_sides(data.z, data.split, seed)
-        directions = data.sae.W_dec[select_on(data, shuffled.z, data.split, data.total)]
-        found.append(Control(data, scores_on(directions),
-                             k_options_up_to(data, len(directions) // 2), train=shuffled))
-    return found
-
-
-def scores_on(directions):
-    """The view that projects on these directions."""
-    def scores(pairs):
-        return score_pairs(pairs, directions)
-    return scores
-
-
-def shuffled_sides(z, split, seed):
-    """Swap chosen and rejected of half of the train and dev pairs; test keeps its labels."""
-    coin = torch.rand(len(split), generator=torch.Generator().manual_seed(seed)) < 0.5
-    swap = (coin & (split != TEST))[:, None]
-    chosen, rejected = z
-    return [torch.where(swap, rejected, chosen), torch.where(swap, chosen, rejected)]
-
-
-def k_options_up_to(data, found):
-    """The options of K where only `found` latents a side were selected; never none."""
-    options = {}
-    for k in k_options_of(data):
-        if k <= found:
-            options |= stage3.k_options(found, k)
-    return options or stage3.k_options(found, found)
-
-
-def select_on(data, z, split, k):
-    """Stage 2's selection on the train pairs of another split or labelling → latents."""
-    chunk = {"chosen": z[0], "rejected": z[1], "split": split}
-    frequency_chosen, frequency_rejected, _ = stage2.firing_frequencies(data.sae, [chunk])
-    return stage2.select_latents(frequency_chosen, frequency_rejected, k)
+def half_of_each_fold(fold, seed=0):
+    """bool [n], true for half of the pairs of each fold: then the labels say nothing on average."""
+    coin = torch.zeros(len(fold), dtype=torch.bool)
+    generator = torch.Generator().manual_seed(seed)
+    for number in torch.unique(fold):
+        members = (fold == number).nonzero().flatten()
+        order = torch.randperm(len(members), generator=generator)
+        coin[members[order[:len(members) // 2]]] = True
+    return coin
 
 
 CONTROLS = {"dense": dense, "random_directions": random_directions,
-            "random_latents": random_latents,
+            "picked_directions": picked_directions, "picked_latents": picked_latents,
+            "difference_of_means": difference_of_means,
+            "principal_directions": principal_directions, "random_latents": random_latents,
             "activations": activations, "words": words, "length": length,
-            "shuffled_labels": shuffled_labels}
-# drawn at random, so more than once
-SEVERAL = ("random_directions", "random_latents", "shuffled_labels")
+            "shuffled_labels": shuffled_labels, "paper": paper}
 
 
-def fit_controls(data, seeds):
-    """All controls → {name: list of trained ones, one for a draw}."""
-    fitted = {}
-    for name, fit in tqdm(CONTROLS.items(), desc="controls", unit="control", disable=None):
-        fitted[name] = fit(data, seeds)
-    return fitted
+def blind(data, backbone):
+    """A dense head on responses read under one fixed prompt → (Pairs, Outcome)."""
+    order = np.argsort(data.group, kind="stable")[:BLIND_PAIRS]         # a group is a hash
+    wanted = torch.zeros(len(data.group), dtype=torch.bool)
+    wanted[torch.from_numpy(order.copy())] = True
+    pairs = data.part(wanted)
+    texts = []
+    for pair in pairs.pairs:
+        for side in SIDES:
+            texts.append(render(backbone.tokenizer, BLIND_PROMPT, pair[side],
+                                data.meta["max_length"]))
+    layer, rule = data.meta["layer"], data.meta["token"]
+    z = stage1.residuals(backbone, texts, [layer], [rule])[layer, rule].float()
+    z = stage2.normalise(z, data.meta["normalise"], data.meta["norm_eps"])
+    pairs.z = [z[0::2], z[1::2]]
+
+    def whole(pairs):
+        return pairs.z
+
+    def select(left_out):
+        return View(whole)
+    settings = {**data.settings, "kind": "linear"}
+    if too_few(pairs):
+        return wanted, fixed_choice(pairs, select, settings, None)
+    return wanted, out_of_fold(pairs, select, [None], settings)
 
 
-def choice_of(name, drawn):
-    """What dev chose for a control: one option, or one for each draw."""
-    choices = [control.choice for control in drawn]
-    return choices if name in SEVERAL else choices[0]
+# ---------------------------------------------------------------- the number of training pairs
+
+def pairs_curve(data, sizes=(50, 100, 200, 500, 1000)):
+    """Accuracy with fewer training pairs, everything selected on them → {name: {n: summary}}.
+
+    In each fold whole prompts are drawn until the size is reached; K is the head's, L2 is 0.1.
+    """
+    most = int(min(data.used((fold,)).sum() for fold in range(data.folds)))
+    rows = {}
+    for size in [*(size for size in sizes if size < most), most]:
+        found = {name: np.zeros(len(data.fold)) for name in ("sparserm", "dense",
+                                                             "random_directions")}
+        for test in range(data.folds):
+            small = draw_pairs(data, data.used((test,)), size)
+            counts = fold_counts(data.sae, data.sae_z(), torch.where(small, 0, -1).to(torch.int8))
+            frequency = stage2.frequencies(counts, torch.where(small, 0, -1))
+            chosen_latents = stage2.select_latents(*frequency, data.head_meta["k"])
+            gaussian = gaussian_directions(max(2, len(chosen_latents)), data.z[0].shape[1])
+            views = {"sparserm": score_pairs(data, data.sae.W_dec[chosen_latents]),
+                     "dense": data.z, "random_directions": score_pairs(data, gaussian)}
+            held = data.fold == test
+            for name, sides in views.items():
+                if not sides[0].shape[1]:
+                    continue                        # no latent separates these few pairs
+                path = fit_path(View(None), sides, small, [None], [stage3.LITTLE["l2"]],
+                                {**data.settings, "kind": "linear"})
+                [(_, fitted)] = path
+                differences = fitted.differences([side[held] for side in sides])
+                found[name][held.numpy()] = differences.numpy()
+        rows[str(size)] = side_by_side(found, data.group)
+    return turned(rows)
 
 
-# ---------------------------------------------------------------- curves
+def draw_pairs(data, rows, size):
+    """About `size` of the given rows, whole prompts in a random order → bool [n]."""
+    groups = np.unique(data.group[rows.numpy()])
+    np.random.default_rng(0).shuffle(groups)
+    taken = np.zeros(len(data.group), bool)
+    for group in groups:
+        if taken.sum() >= size:
+            break
+        taken |= (data.group == group) & rows.numpy()
+    return torch.from_numpy(taken)
+
 
 def turned(rows):
     """{size: {name: summary}} → {name: {size: summary}}."""
@@ -434,184 +731,66 @@ def turned(rows):
     return {name: {size: row[name] for size, row in rows.items()} for name in names}
 
 
-def fit_and_test(view, split, options, settings):
-    """Fit on train, choose on dev → r_chosen - r_rejected of the test pairs [n_test]."""
-    chosen, rejected = view
-    fitted = fit_control(chosen, rejected, split, options, settings)
-    return fitted.differences(chosen[split == TEST], rejected[split == TEST])
-
-
-def random_views(data, count, seeds):
-    """`count` directions of both random kinds, per seed → {name: list of [chosen, rejected]}."""
-    width = data.z[0].shape[1]
-    gaussian = [gaussian_directions(count, width, seed) for seed in seeds]
-    living = [living_directions(data, count, seed) for seed in seeds]
-    return {"random_directions": [score_pairs(data, directions) for directions in gaussian],
-            "random_latents": [score_pairs(data, directions) for directions in living]}
-
-
-def k_curve(data, seeds, dense_row):
-    """Test accuracy at each K = 1, 2, 4 …, of all that have a K → {name: {K: summary}}."""
-    views = {
-        "sparserm": [score_pairs(data, data.features["directions"])],
-        "activations": [activation_pairs(data, data.sae, data.features["latents"])],
-        **random_views(data, 2 * data.total, seeds),
-    }
-    groups = data.group[data.test.numpy()]
-    rows = {}
-    for k, option in tqdm(stage3.k_options(data.total).items(), desc="K curve", unit="K",
-                          disable=None):
-        found = {}
-        for name, draws in views.items():
-            found[name] = np.stack([fit_and_test(view, data.split, {k: option},
-                                                 data.settings) for view in draws])
-        # dense has no K: the same everywhere
-        rows[str(k)] = {"dense": dense_row, **side_by_side(found, groups)}
-    return turned(rows)
-
-
-def pairs_curve(data, seeds, sizes=(50, 100, 200, 500, 1000)):
-    """Test accuracy with fewer train pairs, selected anew → {name: {number: summary}}."""
-    k = data.head_meta["k"]
-    groups = data.group[data.test.numpy()]
-    train_rows = data.train.nonzero().flatten()
-    order = train_rows[torch.randperm(len(train_rows), generator=torch.Generator().manual_seed(0))]
-    sizes = [size for size in sizes if size < len(order)] + [len(order)]
-    rows = {}
-    for size in tqdm(sizes, desc="pairs curve", unit="size", disable=None):
-        split = data.split.clone()
-        split[order[size:]] = NO_SPLIT
-        chosen_latents = select_on(data, data.z, split, k)
-        views = {
-            "sparserm": [score_pairs(data, data.sae.W_dec[chosen_latents])],
-            "activations": [activation_pairs(data, data.sae, chosen_latents)],
-            **random_views(data, 2 * k, seeds),
-        }
-        found = {"dense": fit_and_test(data.z, split, DENSE, data.settings)[None]}
-        for name, draws in views.items():
-            found[name] = np.stack([fit_and_test(view, split, ALL,
-                                                 data.settings) for view in draws])
-        rows[str(size)] = side_by_side(found, groups)
-    return turned(rows)
-
-
-# ---------------------------------------------------------------- are the latents worth believing
+# ---------------------------------------------------------------- what is said of the latents
 
 def train_shares(data, model):
-    """What each direction adds to chosen minus rejected on train, on average [2K]; and its |weight|
-    [2K] numpy.
+    """What each direction adds to chosen minus rejected on train and dev, on average [2K]."""
+    rows = data.split != TEST
+    chosen, rejected = [model.contributions(z[rows]) for z in data.z]
+    return (chosen - rejected).mean(0)
 
-    The weight of a direction in an MLP: the mean size of its ablation.
+
+def separation(data):
+    """Interval of μ_c - μ_r of the head's latents on the *test* pairs → [(low, high)] of each.
+
+    On the others it would be too narrow: the latents were chosen there for that difference.
     """
-    chosen, rejected = [model.contributions(z[data.train]) for z in data.z]
-    if model.head.kind == "linear":
-        weight = model.head.w1.abs()
-    else:
-        weight = torch.cat([chosen, rejected]).abs().mean(0)
-    return (chosen - rejected).mean(0), weight.numpy()
+    test = data.part(data.split == TEST)
+    if len(np.unique(test.group)) < 2:
+        return [(None, None)] * len(data.head["latents"])
+    chosen, rejected = activation_pairs(data.sae, [z[data.split == TEST] for z in data.sae_z()],
+                                        data.head["latents"])
+    difference = ((chosen > 0).float() - (rejected > 0).float()).numpy()
+    intervals = []
+    for column in difference.T:
+        _, low, high = bootstrap(column, test.group, draws=500)
+        intervals.append((low, high))
+    return intervals
 
 
-def ablation_test(data, model, adds, weight, draws=20):
-    """Do the latents that tell train pairs apart do so on test? Set their scores to the mean there,
-    against random ones.
-
-    Random ones of those that help on train too, of equal total |weight| → {number: {top, random:
-    summary; fall: how much more accuracy the top ones cost; reached: what share of their weight the
-    random ones have}}. An intervention on the head's input, not on the language model. That the top
-    ones matter on *train* is by construction. adds, weight: see train_shares.
-    """
-    scores_chosen, scores_rejected = [model.scores_of(z[data.test]) for z in data.z]
-    groups = data.group[data.test.numpy()]
-
-    def without(ablated):
-        ablated = torch.as_tensor(ablated)
-        reward_chosen = model.head(scores_chosen.index_fill(1, ablated, 0.0))
-        reward_rejected = model.head(scores_rejected.index_fill(1, ablated, 0.0))
-        return (reward_chosen - reward_rejected).numpy()
-
-    order = adds.argsort(descending=True, stable=True)
-    helpful = order[adds[order] > 0].numpy()
-    rng = np.random.default_rng(0)
-    result = {}
-    for m in sorted({1, len(helpful) // 8, len(helpful) // 4}):
-        if not 0 < m < len(helpful):
-            continue
-        wanted = weight[helpful[:m]].sum()
-        drawn = []
-        for _ in range(draws):  # as many others as it takes to reach the same total |weight|
-            others = rng.permutation(helpful[m:])
-            enough = 1 + int((weight[others].cumsum() < wanted).sum())
-            drawn.append(without(others[:enough]))
-        top = without(helpful[:m])[None]
-        chance = np.stack(drawn)
-        fall = bootstrap(points(chance) - points(top), groups)
-        result[str(m)] = {"top": summary(top, groups), "random": summary(chance, groups),
-                          "reached": float(min(1.0, weight[helpful[m:]].sum() / wanted)),
-                          "fall": dict(zip(("mean", "low", "high"), fall))}
-    return result
-
-
-def resampled_selection(data, draws=20):
-    """Select again on bootstrap resamples of the train prompts → {k, draws, mean, least, chance}.
-
-    mean, least: the share of the head's latents that are chosen again. chance: the same share where
-    the two sides of every pair are swapped at random before all selecting, so that nothing
-    separates them: few living latents are chosen again by chance too.
-    """
-    rows = data.train.nonzero().flatten()
-    k = len(data.head["latents"]) // 2
-    coin = torch.rand(len(rows), generator=torch.Generator().manual_seed(0)) < 0.5
-    true = again_shares(data, rows, torch.ones(len(rows)), k, draws)
-    chance = again_shares(data, rows, torch.where(coin, -1.0, 1.0), k, draws)
-    return {"k": k, "draws": draws, "mean": float(np.mean(true)), "least": float(min(true)),
-            "chance": float(np.mean(chance))}
-
-
-def again_shares(data, rows, signs, k, draws):
-    """The share of the 2k latents selected on all `rows` that each resample selects again, list of
-    `draws` numbers.
-
-    signs [n]: -1 where the sides of a pair are swapped.
-    """
-    weights = bootstrap_weights(data.group[rows.numpy()], draws)            # [draws, n]
-    weights = torch.cat([torch.ones(1, len(rows)), weights])  # the first: all pairs once
-    separation = torch.zeros(1 + draws, data.sae.d_sae)
-    for at in torch.arange(len(rows)).split(max(1, 2**25 // data.sae.d_sae)):
-        fires_chosen, fires_rejected = [(data.sae.encode(z[rows[at]]) > 0).float() for z in data.z]
-        separation += weights[:, at] @ ((fires_chosen - fires_rejected) * signs[at, None])
-
-    first, *others = [stage2.select_latents(row, torch.zeros_like(row),
-                                            k).chunk(2) for row in separation]
-    shares = []
-    for other in others:
-        same = [len(np.intersect1d(*sides)) for sides in zip(first, other)]
-        shares.append(sum(same) / (2 * k))
-    return shares
-
-
-def separation_on_test(data, draws=2000):
-    """Interval of μ_c - μ_r of the head's latents on the *test* pairs → (low, high) [2K'] each.
-
-    On train it would be too narrow: the latents were chosen there for that difference.
-    """
-    chosen, rejected = activation_pairs(data.part(data.test), data.sae, data.head["latents"])
-    difference = (chosen > 0).float() - (rejected > 0).float()              # [n, 2K']
-    weights = bootstrap_weights(data.group[data.test.numpy()], draws)       # [draws, n]
-    means = weights @ difference / weights.sum(1, keepdim=True)
-    return np.quantile(means.numpy(), (0.025, 0.975), axis=0)
-
-
-def fold(data, model, dense_control):
-    """A linear head is one vector u of the residual stream: its norm, its cosine to the mean of
-    chosen minus rejected on train, and to the vector of the dense control's head."""
+def fold_to_one_vector(data, model):
+    """A linear head is one vector u: its norm, its cosine to the mean of chosen minus rejected."""
     if model.head.kind == "mlp":
         return None
     u, _ = model.vector()
-    mean_difference = (data.z[0][data.train] - data.z[1][data.train]).mean(0)
-    dense_vector = dense_control.fitted.head.w1 / dense_control.fitted.std
+    rows = data.split != TEST
+    mean_difference = (data.z[0][rows] - data.z[1][rows]).mean(0)
     return {"norm": float(u.norm()),
-            "cosine_mean_difference": float(F.cosine_similarity(u, mean_difference, 0)),
-            "cosine_dense": float(F.cosine_similarity(u, dense_vector, 0))}
+            "cosine_mean_difference": float(F.cosine_similarity(u, mean_difference, 0))}
+
+
+def repeated_answers(data):
+    """The share of responses that stand in pairs of several prompts, case aside."""
+    prompts_of = {}
+    answers = []
+    for side in data.responses():
+        for text, group in zip(side, data.group.tolist()):
+            answer = " ".join(re.findall(r"\w+", text.casefold()))
+            answers.append(answer)
+            prompts_of.setdefault(answer, set()).add(group)
+    return sum(len(prompts_of[answer]) > 1 for answer in answers) / len(answers)
+
+
+def by_category(data, differences):
+    """Accuracy of each category that rows name → {category: summary}."""
+    names = [pair.get("category") for pair in data.pairs]
+    if len(set(names)) > 12:            # harmful/violence → harmful
+        names = [name and str(name).partition("/")[0] for name in names]
+    rows = {}
+    for name in sorted({str(name) for name in names if name}):
+        at = np.array([str(other) == name for other in names])
+        rows[name] = summary(differences[at], data.group[at])
+    return rows if len(rows) > 1 else {}
 
 
 # ---------------------------------------------------------------- the stage
@@ -632,76 +811,101 @@ class Stopwatch:
 def evaluate(data, args):
     """→ (evaluation, timings): everything of evaluation.json."""
     watch = Stopwatch()
-    seeds = range(args.seeds)
-    own = data.part(data.test)
     others = {name: other_set(data, name, run) for name, run in args.other}
     model = stage3.RewardModel(data.head, data.head_meta, None)
     backbone = None
     if args.texts:
-        backbone = stage3.RewardModel.load(data.run / "reward_head.safetensors",
-                                           device=args.device).backbone
+        backbone = stage3.RewardModel.load(data.head_path, device=args.device).backbone
 
-    adds, weight = train_shares(data, model)  # what is refused is refused by now, and costs no time
-    with watch("latents"):
-        latent_rows = latents.latent_rows(data, model.head, adds, backbone,
-                                          separation_on_test(data), args.texts)
-    with watch("controls"):
-        fitted = fit_controls(data, seeds)
-
-    result = {"curves": {}, "latents": latent_rows, **compare(data, model, own, fitted)}
-    result["other"] = {name: compare_on(pairs, model, fitted) for name, pairs in others.items()}
+    outcomes = {}
+    methods = {"sparserm": sparserm, **CONTROLS}
+    for name, method in tqdm(methods.items(), desc="folds", unit="method", disable=None):
+        with watch(name):
+            outcomes[name] = method(data, others)
+    result = compare(data, outcomes)
+    if backbone:
+        with watch("blind"):
+            add_blind(data, backbone, outcomes["sparserm"], result)
+        with watch("latents"):
+            rows = latents.latent_rows(data, model.head, train_shares(data, model), backbone,
+                                       separation(data), args.texts)
+        result["latents"] = rows
+    else:
+        result["latents"] = latents.latent_rows(data, model.head, train_shares(data, model), None,
+                                                separation(data), 0)
+    result["other"] = compare_on(others, outcomes)
     if args.sweeps != "none":
-        with watch("k curve"):
-            result["curves"]["k"] = k_curve(data, seeds, result["accuracy"]["dense"])
+        result["curves"]["k"] = k_curve(data, outcomes, result["accuracy"]["dense"])
     if args.sweeps == "full":
         with watch("pairs curve"):
-            result["curves"]["pairs"] = pairs_curve(data, seeds)
-    with watch("stability"):
-        result["stability"] = resampled_selection(data)
-    with watch("explanations"):
-        result["explanations"] = ablation_test(data, model, adds, weight)
-
-    result["fold"] = fold(data, model, fitted["dense"][0])
+            result["curves"]["pairs"] = pairs_curve(data)
+    result["test"] = on_the_test_split(data, model, result)
+    result["fold"] = fold_to_one_vector(data, model)
     result |= about_the_run(data, model)
-    result["warnings"] = report.in_words(result, data.meta["warnings"])
+    result["verdict"] = report.verdict(result)
     return result, watch.seconds
 
 
-def margins_of(model, pairs):
-    """The head's rewards of both sides, [n] numpy each."""
-    return [model.reward_of(z).numpy() for z in pairs.z]
+def compare(data, outcomes):
+    """Accuracy and differences of all methods over the folds, and by category."""
+    differences = {name: outcome.differences for name, outcome in outcomes.items()}
+    rows = side_by_side(differences, data.group)
+    behind = {}
+    for name, outcome in outcomes.items():
+        rows[name]["choices"] = outcome.choices
+        if name != "sparserm":
+            behind[name] = rows[name].pop("behind")
+    return {"accuracy": rows, "differences": behind, "curves": {},
+            "categories": by_category(data, differences["sparserm"]),
+            "repeated_answers": repeated_answers(data)}
 
 
-def rows_of_accuracy(pairs, model, fitted):
-    """SparseRM and all controls on some pairs → {name: summary, of a control with `behind`}."""
-    reward_chosen, reward_rejected = margins_of(model, pairs)
-    found = {"sparserm": (reward_chosen - reward_rejected)[None]}
-    for name, drawn in fitted.items():
-        found[name] = np.stack([control.differences(pairs) for control in drawn])
-    return side_by_side(found, pairs.group)
+def add_blind(data, backbone, ours, result):
+    """The control that needs the language model, on a part of the pairs."""
+    wanted, outcome = blind(data, backbone)
+    at = wanted.numpy()
+    result["accuracy"]["blind"] = {**summary(outcome.differences, data.group[at]),
+                                   "choices": outcome.choices}
+    result["differences"]["blind"] = gap(ours.differences[at], outcome.differences, data.group[at])
 
 
-def compare(data, model, own, fitted):
-    """Everything said of the run's own test pairs."""
-    rows = rows_of_accuracy(own, model, fitted)
-    rows["sparserm"]["choice"] = data.head_meta["k"]
-    differences = {}
-    for name, drawn in fitted.items():
-        differences[name] = rows[name].pop("behind")
-        rows[name]["choice"] = choice_of(name, drawn)
-
-    reward_chosen, reward_rejected = margins_of(model, own)
-    margins = reward_chosen - reward_rejected
-    return {"accuracy": rows, "differences": differences,
-            "calibration": calibration(margins, float(data.head["temperature"])),
-            "length": length_figures(reward_chosen, reward_rejected, *own.tokens),
-            "wrong": latents.most_wrong(data, margins)}
+def compare_on(others, outcomes):
+    """Other sets, read with heads of all pairs of this one → {set: {sparserm: …, controls}}."""
+    found = {}
+    for name, pairs in others.items():
+        differences = {method: outcome.of_others[name] for method, outcome in outcomes.items()
+                       if name in outcome.of_others}
+        if "sparserm" not in differences:
+            print(f"note: --other {name} is not read: it needs a linear head and more prompts here")
+        if "sparserm" in differences:
+            found[name] = side_by_side(differences, pairs.group)
+    return found
 
 
-def compare_on(pairs, model, fitted):
-    """The same heads on the test pairs of another run → the summary of SparseRM, and `controls`."""
-    rows = rows_of_accuracy(pairs, model, fitted)
-    return {**rows.pop("sparserm"), "controls": rows}
+def k_curve(data, outcomes, dense_row):
+    """Accuracy with K fixed, out of fold → {name: {K: summary}}; dense has no K."""
+    ours = outcomes["sparserm"].by_k
+    rows = {}
+    for k in ours:
+        found = {name: outcome.by_k[k] for name, outcome in outcomes.items() if k in outcome.by_k}
+        rows[str(k)] = {"dense": dense_row, **side_by_side(found, data.group)}
+    if not rows:
+        return {}
+    names = set.intersection(*(set(row) for row in rows.values()))
+    return turned({k: {name: row[name] for name in names} for k, row in rows.items()})
+
+
+def on_the_test_split(data, model, result):
+    """How good is this head? → {…summary}, and calibration, length and the most wrong pairs."""
+    own = data.part(data.split == TEST)
+    if not len(own.pairs):
+        return None
+    reward_chosen, reward_rejected = [model.reward_of(z).numpy() for z in own.z]
+    differences = reward_chosen - reward_rejected
+    result["calibration"] = calibration(differences, float(data.head["temperature"]))
+    result["length"] = length_figures(reward_chosen, reward_rejected, *own.tokens)
+    result["wrong"] = latents.most_wrong(data, differences)
+    return summary(differences, own.group)
 
 
 def about_the_run(data, model):
@@ -721,8 +925,11 @@ def about_the_run(data, model):
             "sae": Path(data.meta["sae"]).name,
             "layer": data.meta["layer"],
             "token": data.meta["token"],
+            "normalise": data.meta["normalise"],
             "sources": [name for name, _ in sources],
             "k": data.head_meta["k"],
+            "l2": data.head_meta["l2"],
+            "folds": data.folds,
             "settings": data.settings,
             "pairs": pairs_of_split,
         },
@@ -734,21 +941,20 @@ def rounded(value):
     if isinstance(value, float):
         return float(f"{value:.9g}")
     if isinstance(value, dict):
-        return {name: rounded(item) for name, item in value.items()}
+        return {str(name): rounded(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [rounded(item) for item in value]
     return value
 
 
 def parents(args, data):
-    """What an evaluation depends on: the head, the other runs, the settings."""
+    """What an evaluation depends on: the head, other runs, the flags."""
     others = {}
     for name, run in args.other:
-        paths, _ = stage2.shard_files(run, data.meta["layer"])
+        paths, _ = stage2.shard_files(run, data.meta["layer"], data.meta["token"])
         others[name] = [file_hash(path) for path in paths]
-    head = file_hash(Path(args.run) / "reward_head.safetensors")
-    return {"format": FORMAT, "head": head, "other": others, "sweeps": args.sweeps,
-            "seeds": args.seeds, "texts": args.texts}
+    return {"format": FORMAT, "head": file_hash(data.head_path), "other": others,
+            "sweeps": args.sweeps, "folds": args.folds, "texts": args.texts}
 
 
 def sealed(parent, found):
@@ -772,19 +978,21 @@ def parse_args():
     """The flags, checked as far as that needs no file."""
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--run", default="runs/demo",
-                   help="folder of the run (default runs/demo)")
+    p.add_argument("--run", required=True,
+                   help="folder of the run")
+    p.add_argument("--name",
+                   help="evaluate the head in RUN/NAME/")
     p.add_argument("--sae",
                    help="the SAE, where it is not at the place recorded by stage 2")
     p.add_argument("--other", action="append", default=[], metavar="NAME=DIR",
-                   help="also score the test pairs of another run (repeatable)")
+                   help="also score the pairs of another run (repeatable)")
+    p.add_argument("--folds", type=int, default=5,
+                   help="folds over all pairs (default 5)")
     p.add_argument("--sweeps", choices=("none", "small", "full"), default="small",
                    help="curves: none, K, or K and number of pairs (default small)")
-    p.add_argument("--seeds", type=int, default=5,
-                   help="draws of random directions, latents and labels (default 5)")
     p.add_argument("--texts", type=int, default=3,
-                   help="texts shown at either end of a latent; 0 needs no language model (default "
-                        "3)")
+                   help="texts shown at either end of a latent; 0 needs no language model, and "
+                        "skips the control `blind` (default 3)")
     p.add_argument("--explain", nargs="+", metavar="ID",
                    help="only this: why one response scores higher; a pair's id, or PROMPT A B")
     p.add_argument("--device", default="auto",
@@ -792,11 +1000,11 @@ def parse_args():
     p.add_argument("--debug", action="store_true",
                    help="show the traceback of an error")
     args = p.parse_args()
-    if args.seeds < 1:
-        raise UserError(f"one draw is needed at least · --seeds {args.seeds} · a number from 1")
+    if not 3 <= args.folds <= 20:
+        raise UserError(f"--folds is a number from 3 to 20 · --folds {args.folds} · "
+                        "leave it out for 5")
     if args.texts < 0:
-        raise UserError(f"--texts is a number from 0 · --texts {args.texts} · 0 needs no language "
-                        "model")
+        raise UserError(f"--texts is a number from 0 · --texts {args.texts} · 0 needs no model")
     for text in args.other:
         if "=" not in text:
             raise UserError(f"--other needs NAME=DIR · {text} · e.g. --other safe=runs/demo-safe")
@@ -807,25 +1015,26 @@ def parse_args():
 def main():
     """Stage 4 from the command line."""
     args = parse_args()
-    data = Data(args.run, args.sae)
+    data = Data(args.run, args.name, args.sae, args.folds)
     if args.explain:
-        # before the language model is opened
-        words, names = latents.pair_to_explain(data, args.explain)
-        model = stage3.RewardModel.load(data.run / "reward_head.safetensors", device=args.device)
+        words, names = latents.pair_to_explain(data, args.explain)     # before the model is opened
+        model = stage3.RewardModel.load(data.head_path, device=args.device)
         latents.explain_pair(data, model, words, names)
         return
 
-    out = Path(args.run) / "evaluation.json"
+    out = data.folder / "evaluation.json"
     parent = parents(args, data)
     found = earlier_evaluation(out, parent)
     if found is None:
+        if out.exists():
+            print(f"note: {out} is replaced")
         result, seconds = evaluate(data, args)
         found = json.loads(json.dumps(rounded(result)))                 # as it will be read again
         found["parent"] = sealed(parent, found)
-        write_text(Path(args.run) / "timings.json", json.dumps(seconds, indent=1) + "\n")
-        # last: all is done
-        write_text(out, json.dumps(found, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
-    report.print_report(args.run, found, report.write_page(found, args.run))
+        write_text(data.folder / "timings.json", json.dumps(seconds, indent=1) + "\n")
+        text = json.dumps(found, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+        write_text(out, text)               # last: it says that all is done
+    report.print_report(data.folder, found, report.write_page(found, data.folder), args.name)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
 """Stage 5: use the reward: sample and rank candidates, build or filter preference pairs.
 
-    python 05_best_of_n.py sample --prompts data/prompts.jsonl --n 8
-    python 05_best_of_n.py rank   --candidates my-candidates.jsonl
-    python 05_best_of_n.py pairs  --candidates runs/demo/candidates.jsonl --min-margin 0.5
-    python 05_best_of_n.py pairs  --filter my-pairs.jsonl
-
-Every command takes --reward HEAD.
+    python 05_best_of_n.py sample --reward HEAD --prompts data/prompts.jsonl --n 8
+    python 05_best_of_n.py rank   --reward HEAD --candidates my-candidates.jsonl
+    python 05_best_of_n.py pairs  --reward HEAD --candidates candidates.jsonl --min-margin 0.5
+    python 05_best_of_n.py pairs  --reward HEAD --filter my-pairs.jsonl
 
 sample  reads   prompts: JSONL with prompt
-        writes  candidates.jsonl: prompt, candidates, scores, best, policy, reward, settings
+        writes  candidates.jsonl: prompt, candidates, scores, outside, best, policy, reward,
+                settings
 rank    reads   {prompt, candidates[, labels]} or {prompt, response[, id]} of any engine
         writes  a row a prompt with scores, ranking, best
 pairs   reads   candidates, or existing pairs to filter
@@ -42,7 +41,7 @@ from parts.files import (
     write_text,
 )
 from parts.rows import ACCEPTED, are_numbers, read_candidates, read_prompts, read_rows, usable_pairs
-from parts.sampled import Sampled, score_sampled
+from parts.sampled import HiddenSums, Sampled, score_sampled
 
 stage1, stage3 = (importlib.import_module(name) for name in ("01_extract", "03_train_head"))
 # flags that decide what is sampled
@@ -90,40 +89,80 @@ def uniform_numbers(prompt, n, steps, seed):
     return torch.stack(rows)
 
 
-def sample_candidates(backbone, prompt, n, temperature=1.0, top_p=0.95, max_new_tokens=128, seed=0,
-                      progress=None):
-    """n answers of the policy to one prompt → (list of str, Sampled). The prompt is computed once,
-    its cache shared by all n."""
-    from transformers import DynamicCache
+def sample_candidates(backbone, prompts, n, temperature=1.0, top_p=0.95, max_new_tokens=128, seed=0,
+                      layer=None, progress=None):
+    """n answers of the policy to each prompt → (texts, a row an answer, prompt by prompt; Sampled).
+
+    Several prompts share a pass: they are padded on the left, computed once, and the cache of each
+    is shared by its n answers. layer: add up the hidden states of that block, for token rule
+    `mean`.
+    """
     device = backbone.device
-    ids = prompt_ids(backbone.tokenizer, prompt)
+    ids = [prompt_ids(backbone.tokenizer, prompt) for prompt in prompts]
     stop = stop_ids(backbone)
     ends = torch.tensor(sorted(stop), device=device)
-    uniform = uniform_numbers(prompt, n, max_new_tokens, seed).to(device)
+    uniform = torch.cat([uniform_numbers(prompt, n, max_new_tokens, seed) for prompt in prompts])
+    uniform = uniform.to(device)                                # [rows, steps]
 
-    cache = DynamicCache(config=backbone.model.config)
-    steps = []                                                  # of tokens [n]
-    running = torch.ones(n, dtype=torch.bool, device=device)
+    watch = None
     with backbone.one_pass, torch.inference_mode():
-        output = backbone.model(torch.tensor([ids], device=device), cache=cache, use_cache=True,
-                                logits_to_keep=1)
-        logits = output.logits[:, -1].expand(n, -1)
-        cache.batch_repeat_interleave(n)
-        for step in range(max_new_tokens):
-            tokens = draw(logits, uniform[:, step], temperature, top_p)
-            tokens = torch.where(running, tokens, ends[0])  # a finished answer goes on with its end
-            steps.append(tokens)
-            if progress:
-                progress(int(running.sum()))
-            running &= ~torch.isin(tokens, ends)
-            if not running.any() or step + 1 == max_new_tokens:
-                break
-            logits = backbone.model(tokens[:, None], cache=cache, use_cache=True,
-                                    logits_to_keep=1).logits[:, -1]
+        if layer is not None:
+            watch = HiddenSums(backbone.blocks[layer], len(uniform))
+        try:
+            steps, state = decode(backbone, ids, n, ends, uniform, temperature, top_p, watch,
+                                  progress)
+        finally:
+            sums = watch.finish() if watch else None
 
-    rows = [until_end(row, stop) for row in torch.stack(steps, 1).tolist()]
+    tokens = torch.stack(steps, 1).tolist()
+    rows = [until_end(row, stop) for row in tokens]
+    ended = [len(row) < len(all_of_row) for row, all_of_row in zip(rows, tokens)]
     texts = backbone.tokenizer.batch_decode(rows, skip_special_tokens=True)
-    return [text.strip() for text in texts], Sampled(ids, rows, cache)
+    padding = [max(map(len, ids)) - len(prompt) for prompt in ids for _ in range(n)]
+    return ([text.strip() for text in texts],
+            Sampled(ids, n, rows, ended, state, padding, sums))
+
+
+def decode(backbone, ids, n, ends, uniform, temperature, top_p, watch, progress):
+    """Sample token by token → (list of tokens [rows], a step each; the cache)."""
+    from transformers import DynamicCache
+    device = backbone.device
+    cache = DynamicCache(config=backbone.model.config)
+    longest = max(map(len, ids))
+    prompt_mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids])
+    padded = torch.tensor([[0] * (longest - len(row)) + row for row in ids])
+    positions = (prompt_mask.cumsum(1) - 1).clamp_min(0)
+    output = backbone.model(padded.to(device), attention_mask=prompt_mask.to(device),
+                            position_ids=positions.to(device), cache=cache, use_cache=True,
+                            logits_to_keep=1)
+    logits = output.logits[:, -1].repeat_interleave(n, 0)
+    cache.batch_repeat_interleave(n)
+    mask = prompt_mask.repeat_interleave(n, 0).to(device)
+    position = torch.tensor([len(row) for row in ids]).repeat_interleave(n).to(device)
+
+    steps = []                                                  # of tokens [rows]
+    running = torch.ones(len(mask), dtype=torch.bool, device=device)
+    for step in range(uniform.shape[1]):
+        tokens = draw(logits, uniform[:, step], temperature, top_p)
+        tokens = torch.where(running, tokens, ends[0])          # fed, and cut off by until_end()
+        steps.append(tokens)
+        if progress:
+            progress(int(running.sum()))
+        running &= ~torch.isin(tokens, ends)
+        last = step + 1 == uniform.shape[1]
+        if not running.any() or (last and not watch):
+            break
+        if watch:  # it also has to see the last token of an answer cut short
+            watch.counted = running
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        output = backbone.model(tokens[:, None], attention_mask=mask,
+                                position_ids=position[:, None],
+                                cache=cache, use_cache=True, logits_to_keep=1)
+        if last:
+            break
+        logits = output.logits[:, -1]
+        position = position + 1
+    return steps, cache
 
 
 def until_end(tokens, stop):
@@ -228,8 +267,9 @@ def sample(args):
     part = out.with_suffix(".jsonl.part")
 
     rows = finished_rows(out, made_with) | finished_rows(part, made_with)
-    missing = [prompt for prompt in prompts if json.dumps(prompt) not in rows]
-    if missing:
+    passes = groups_of(prompts, max(1, args.batch_rows // args.n))
+    missing = [some for some in passes if any(json.dumps(prompt) not in rows for prompt in some)]
+    if missing:                             # whole passes, so that the numbers are the same bytes
         rows |= sample_missing(args, missing, made_with, reward_meta, part)
     rows = [rows[json.dumps(prompt)] for prompt in prompts]
     write_rows(out, rows)
@@ -261,38 +301,54 @@ def is_finished(row, made_with):
     return all(row.get(name) == value for name, value in made_with.items())
 
 
-def sample_missing(args, prompts, made_with, reward_meta, part):
-    """Sample and score these prompts, each row appended to `part` at once → {prompt: row}."""
+def sample_missing(args, passes, made_with, reward_meta, part):
+    """Sample and score these passes of prompts, rows appended to `part` at once → {prompt: row}."""
     policy, reward = open_models(args, made_with["policy"], reward_meta)
+    read_off = args.score and reward.backbone is policy
+    layer = reward_meta["layer"] if read_off and reward_meta["token"] == "mean" else None
     rows = {}
-    read_off = 0
     reasons = collections.Counter()
     part.parent.mkdir(parents=True, exist_ok=True)
     bar = tqdm(unit="tok", desc="sample", disable=None)
     with bar, named_in_errors(part), open(part, "a", encoding="utf-8") as file:
         file.write("\n")                    # ends a line that a kill cut short
-        for prompt in prompts:
-            texts, sampled = sample_candidates(policy, prompt, **made_with["settings"],
+        for some in passes:
+            texts, sampled = sample_candidates(policy, some, **made_with["settings"], layer=layer,
                                                progress=bar.update)
-            if args.score and reward.backbone is policy:
-                scores, why = score_sampled(reward, prompt, texts, sampled)
+            prompt_of_row = [prompt for prompt in some for _ in range(args.n)]
+            if read_off:
+                scores, outside, why = score_sampled(reward, prompt_of_row, texts, sampled)
                 reasons += why
-                read_off += len(texts) - why.total()
             else:
-                scores = reward.score([prompt] * len(texts), texts)
-
-            row = {"prompt": prompt, "candidates": texts, "scores": scores,
-                   "best": texts[place_of_best(scores)], **made_with}
-            rows[json.dumps(prompt)] = row
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                scores, outside = reward.score(prompt_of_row, texts, check=True)
+            for number, prompt in enumerate(some):
+                own = slice(number * args.n, (number + 1) * args.n)
+                row = row_of_candidates(prompt, texts[own], scores[own], outside[own], made_with)
+                rows[json.dumps(prompt)] = row
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
-
-    tried = read_off + reasons.total()
-    if tried:
-        others = ", ".join(f"{n} ({reason})" for reason, n in reasons.most_common()) or "none"
-        print(f"scored while sampling: {read_off / tried:.1%} of {tried} candidates; the ordinary "
-              f"way: {others}")
+    if read_off:
+        tell_share_read_off(len(rows) * args.n, reasons)
     return rows
+
+
+def groups_of(items, size):
+    """A list → its parts of at most `size`."""
+    return [items[start:start + size] for start in range(0, len(items), size)]
+
+
+def row_of_candidates(prompt, texts, scores, outside, made_with):
+    """A row of candidates.jsonl."""
+    return {"prompt": prompt, "candidates": texts, "scores": scores, "outside": outside,
+            "best": texts[place_of_best(scores)], **made_with}
+
+
+def tell_share_read_off(candidates, reasons):
+    """How many rewards were read off the sampling, and why the others were not."""
+    share = 1 - reasons.total() / candidates
+    others = ", ".join(f"{n} ({reason})" for reason, n in reasons.most_common()) or "none"
+    print(f"scored while sampling: {share:.1%} of {candidates} candidates")
+    print(f"scored the ordinary way: {others}")
 
 
 def open_models(args, policy_name, reward_meta):
@@ -317,12 +373,13 @@ def rank(args):
     reward = stage3.RewardModel.load(args.reward, model=args.model, device=args.device)
     prompts = [row["prompt"] for row in rows for _ in row["candidates"]]
     texts = [text for row in rows for text in row["candidates"]]
-    scores = reward(prompts, texts)                             # None: longer than max_length
+    scores, outside = reward.score_each(prompts, texts)         # None: longer than max_length
     head_hash = file_hash(args.reward)
 
     done = 0
     for row in rows:
         row["scores"] = scores[done:done + len(row["candidates"])]
+        row["outside"] = outside[done:done + len(row["candidates"])]
         row["reward"] = head_hash                   # `sample` may have left that of another head
         done += len(row["candidates"])
         row["ranking"] = ranking_of(row["scores"])
@@ -352,8 +409,8 @@ def ranking_of(scores):
 def pairs(args):
     """Preference pairs for DPO: best against worst candidate, or existing pairs, filtered."""
     if bool(args.candidates) == bool(args.filter):
-        raise UserError("either candidates or pairs are needed · pairs · pass --candidates FILE or "
-                        "--filter FILE")
+        raise UserError("either candidates or pairs are needed · pairs · "
+                        "pass --candidates FILE or --filter FILE")
     reward = stage3.RewardModel.load(args.reward, model=args.model, device=args.device)
     if args.filter:
         rows = list(existing_pairs(args.filter, reward, args.label))
@@ -385,13 +442,16 @@ def pairs(args):
 def score_rows(rows, reward, min_margin):
     """Add both scores and the margin to each row, and a reason where the margin is too small."""
     prompts = [row["prompt"] for row in rows]
-    scores_chosen = reward.score(prompts, [row["chosen"] for row in rows])
-    scores_rejected = reward.score(prompts, [row["rejected"] for row in rows])
-    for row, chosen, rejected in zip(rows, scores_chosen, scores_rejected):
-        row |= {"score_chosen": chosen, "score_rejected": rejected, "margin": chosen - rejected}
-        if row["margin"] <= 0:
+    chosen = reward.score(prompts, [row["chosen"] for row in rows], check=True)
+    rejected = reward.score(prompts, [row["rejected"] for row in rows], check=True)
+    columns = zip(rows, *chosen, *rejected)
+    for row, score_chosen, outside_chosen, score_rejected, outside_rejected in columns:
+        margin = score_chosen - score_rejected
+        row |= {"score_chosen": score_chosen, "score_rejected": score_rejected, "margin": margin,
+                "outside": outside_chosen or outside_rejected}
+        if margin <= 0:
             row["reason"] = "the rejected side scores as high or higher"
-        elif row["margin"] < min_margin:
+        elif margin < min_margin:
             row["reason"] = f"margin below {min_margin}"
 
 
@@ -446,14 +506,13 @@ def parse_args():
     commands = p.add_subparsers(dest="command", required=True)
     add_sample_flags(add_command(
         commands, "sample", "sample n candidates a prompt, score them, keep the best",
-        "python 05_best_of_n.py sample --prompts data/prompts.jsonl --reward "
-        "runs/demo/reward_head.safetensors --n 8"))
+        "python 05_best_of_n.py sample --reward HEAD --prompts data/prompts.jsonl --n 8"))
     add_rank_flags(add_command(
         commands, "rank", "score and order candidates of any engine",
-        "python 05_best_of_n.py rank --candidates my-candidates.jsonl"))
+        "python 05_best_of_n.py rank --reward HEAD --candidates my-candidates.jsonl"))
     add_pairs_flags(add_command(
         commands, "pairs", "preference pairs for DPO",
-        "python 05_best_of_n.py pairs --filter my-pairs.jsonl --min-margin 0.5"))
+        "python 05_best_of_n.py pairs --reward HEAD --filter my-pairs.jsonl --min-margin 0.5"))
     args = p.parse_args()
     if args.command == "sample":
         check_sampling(args)
@@ -464,8 +523,8 @@ def add_command(commands, name, says, example):
     """A command with the flags that all commands share."""
     p = commands.add_parser(name, help=says, description=f"{says}\n\n    {example}",
                             formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--reward", default="runs/demo/reward_head.safetensors",
-                   help="head of stage 3 (default runs/demo/…)")
+    p.add_argument("--reward", required=True,
+                   help="reward_head.safetensors of stage 3")
     p.add_argument("--out",
                    help="file to write, .jsonl (default: beside the head, named after the input)")
     p.add_argument("--device", default="auto",
@@ -496,6 +555,8 @@ def add_sample_flags(p):
     p.add_argument("--score", action=argparse.BooleanOptionalAction, default=True,
                    help="read the reward off the sampling where the policy is the backbone "
                         "(default), or score in a pass of its own")
+    p.add_argument("--batch-rows", type=int, default=64,
+                   help="answers sampled at once: several prompts share a pass (default 64)")
     p.add_argument("--limit", type=int,
                    help="only the first N prompts")
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
@@ -524,10 +585,11 @@ def add_pairs_flags(p):
 
 def check_sampling(args):
     """Refuse numbers that cannot be meant."""
-    counts = [args.n, args.max_new_tokens] + ([] if args.limit is None else [args.limit])
+    counts = [args.n, args.max_new_tokens,
+              args.batch_rows] + ([] if args.limit is None else [args.limit])
     if min(counts) < 1 or not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
         raise UserError(f"out of range · --n {args.n} --max-new-tokens {args.max_new_tokens} "
-                        f"--temperature {args.temperature} "
+                        f"--batch-rows {args.batch_rows} --temperature {args.temperature} "
                         f"--top-p {args.top_p} --limit {args.limit} · counts from 1, temperature "
                         "from 0, top-p above 0 and at most 1")
 

@@ -5,7 +5,7 @@ RUN  := HF_HUB_OFFLINE=1 $(PY)
 SAE  := assets/sae-smollm2-135m-layer16.safetensors
 PYTHON ?= python3
 
-.PHONY: demo test lint faults bench bench-rm bench-sae clean venv
+.PHONY: demo test lint faults bench bench-rm bench-sae clean clean-cache venv
 
 venv: $(VENV)/ready
 
@@ -20,15 +20,15 @@ $(VENV)/dev: $(VENV)/ready requirements-dev.txt
 	touch $@
 
 demo: venv
-	$(RUN) 01_extract.py --model demo --pairs data/truthful.jsonl --layer 16 --run runs/demo
-	$(RUN) 02_select_features.py --run runs/demo --sae $(SAE)
-	$(RUN) 03_train_head.py --run runs/demo
 	$(RUN) 01_extract.py --model demo --pairs data/safe.jsonl --layer 16 --run runs/demo-safe
 	$(RUN) 02_select_features.py --run runs/demo-safe --sae $(SAE)
 	$(RUN) 03_train_head.py --run runs/demo-safe
-	$(RUN) 04_evaluate.py --run runs/demo --other safe=runs/demo-safe
-	$(RUN) 04_evaluate.py --run runs/demo-safe --other truthful=runs/demo
-	$(RUN) 05_best_of_n.py sample --prompts data/prompts.jsonl --limit 20 --n 8 --max-new-tokens 48 --reward runs/demo/reward_head.safetensors
+	$(RUN) 04_evaluate.py --run runs/demo-safe
+	$(RUN) 01_extract.py --model demo --pairs data/truthful.jsonl --layer 16 --run runs/demo-truthful
+	$(RUN) 02_select_features.py --run runs/demo-truthful --sae $(SAE)
+	$(RUN) 03_train_head.py --run runs/demo-truthful
+	$(RUN) 04_evaluate.py --run runs/demo-truthful
+	$(RUN) 05_best_of_n.py sample --prompts data/prompts.jsonl --limit 20 --n 8 --max-new-tokens 48 --reward runs/demo-safe/reward_head.safetensors
 
 test: $(VENV)/dev
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -n logical --dist loadfile
@@ -59,3 +59,7 @@ lint: $(VENV)/dev
 
 clean:
 	rm -rf runs $(VENV) $(BENCH)
+
+# the demo model, unpacked from its 4-bit file to float32: 540 MB
+clean-cache:
+	rm -rf "$${XDG_CACHE_HOME:-$$HOME/.cache}/sparserm"

@@ -1,5 +1,4 @@
-"""Sparse autoencoders of a residual stream: one form in memory, and every published layout read
-into it.
+"""Sparse autoencoders of a residual stream: every published layout, read into one form.
 
     pre  = (z - b_in) @ W_enc + b_enc      z [.., d_model]: the residual stream after block L
     f    = activation(pre)                 [.., d_sae] >= 0, mostly 0; a latent "fires" where f > 0
@@ -33,7 +32,7 @@ class SAEError(ValueError):
     """A checkpoint that cannot be used; the text says what, where and what to do."""
 
     def __init__(self, text):
-        # whatever names a file brings into it
+        # the names that a file brings into it may hold newlines
         one_line = "".join(c if c.isprintable() else " " for c in text)
         super().__init__(one_line)
 
@@ -55,8 +54,7 @@ class SAE:
     b_mag: torch.Tensor = None
     r_mag: torch.Tensor = None
     norm: str = "none"              # scaling by the token itself: constant_norm_rescale, layer_norm
-    # layout, model, layer, hook, stated l0, folded, warning …
-    info: dict = field(default_factory=dict)
+    info: dict = field(default_factory=dict)    # layout, model, layer, hook, l0, folded, warning …
 
     @property
     def d_model(self):
@@ -69,12 +67,11 @@ class SAE:
     def encode(self, z):
         """Residual stream [.., d_model] → latents [.., d_sae]."""
         x, _, _ = self.normalise(z.to(self.W_enc))
-        x = x - self.b_in  # subtracted, not folded into b_enc: that cancels in float32
+        x = x - self.b_in   # not folded into b_enc: b_enc - b_in @ W_enc loses digits in float32
         if self.activation == "gated":
             return self.gated(x)
 
-        # after the product as few passes over [.., d_sae] as possible: each costs nearly as much as
-        # it does
+        # few passes over [.., d_sae] from here on: each costs nearly as much as the product
         pre = F.linear(x, self.W_enc.T, self.b_enc)
         if self.activation == "relu":
             return pre.relu_()
@@ -87,22 +84,26 @@ class SAE:
         return keep_largest(grouped, 1).flatten(-2)
 
     def gated(self, x):
-        """Two sets of biases on one product: whether a latent fires, and how strongly
-        (Rajamanoharan et al. 2024)."""
+        """Two sets of biases on one product: whether a latent fires, and how strongly.
+
+        The Gated SAE of Rajamanoharan et al. 2024.
+        """
         pre = x @ self.W_enc
         gate = pre + self.b_gate > 0
         magnitude = (pre * self.r_mag.exp() + self.b_mag).relu_()
         return magnitude * gate
 
     def decode(self, f, like=None):
-        """Latents → residual stream. `like`: the input, needed where the SAE scales every token by
-        itself."""
+        """Latents [.., d_sae] → residual stream [.., d_model].
+
+        like: the input, needed where the SAE scales every token by itself (norm is not "none").
+        """
         out = f @ self.W_dec + self.b_dec
         if self.norm == "none":
             return out
         if like is None:
-            raise SAEError(f"decode needs the input · {self.norm} depends on the token · call "
-                           "decode(f, like=z)")
+            raise SAEError(f"decode needs the input · {self.norm} depends on the token · "
+                           "call decode(f, like=z)")
         _, scale, shift = self.normalise(like.to(self.W_enc))
         return out * scale + shift
 
@@ -134,9 +135,8 @@ def health(sae, z):
     """How well the SAE fits residual vectors z [n, d] → {explained_variance, l0, silent, n}.
 
     explained variance = 1 - Σ‖z - z'‖² / Σ‖z - mean‖² around the mean of *these* vectors. Give the
-    scored token's vectors
-    alone: among others, the distance between the two means would count as variance and hide a bad
-    fit.
+    scored token's vectors alone: among others, the distance between the two means would count as
+    variance and hide a bad fit.
     """
     error = torch.zeros((), dtype=torch.float64)
     alive = torch.zeros(sae.d_sae, dtype=torch.bool, device=z.device)
@@ -154,39 +154,44 @@ def health(sae, z):
 
 
 def warnings_of(sae, every=None, ended=None):
-    """What looks wrong → list of sentences with the likely cause. every, ended: health of all
-    tokens, of the scored ones."""
+    """What looks wrong → list of sentences with the likely cause.
+
+    every, ended: health() of all tokens, of the scored ones.
+    """
     found = []
     if sae.info.get("warning"):
         found.append(sae.info["warning"])
     model = str(sae.info.get("model") or "")
     if is_base_model(model):
-        found.append(f"trained on {model}, by its name a base model: on an instruct model look at "
-                     "the explained variance")
+        found.append(f"trained on {model}, by its name a base model: "
+                     "on an instruct model look at the explained variance")
 
     fits_every = not every or every["explained_variance"] >= 0.3
     if not fits_every:
-        found.append(f"explained variance {every['explained_variance']:.2f} over all tokens: the "
-                     "layer is off by one, the scale "
-                     "is wrong, or the SAE belongs to another model")
+        explained = every["explained_variance"]
+        found.append(f"explained variance {explained:.2f} over all tokens: the layer is off by "
+                     "one, the scale is wrong, or the SAE belongs to another model")
     seen = every or ended
     stated = sae.k or sae.info.get("l0")
     if seen and stated and seen["l0"] > 2 * float(stated):
-        found.append(f"L0 {seen['l0']:.0f}, stated {float(stated):.0f}: a wrong scale or "
-                     "threshold, or BOS missing")
+        found.append(f"L0 {seen['l0']:.0f}, stated {float(stated):.0f}: "
+                     "a wrong scale or threshold, or BOS missing")
     if ended and ended["explained_variance"] < 0.2 and fits_every:
-        hardly_seen = "the SAE has hardly seen a chat template; try --token content"
-        another = "is it an SAE of this model and layer?"
-        cause = hardly_seen if ended["explained_variance"] > -1 else another
-        found.append(f"explained variance {ended['explained_variance']:.2f} at the scored token: "
-                     f"{cause}")
+        cause = "is it an SAE of this model and layer?"
+        explained = ended["explained_variance"]
+        if explained > -1:
+            cause = "the SAE has hardly seen a chat template; try --token content"
+        found.append(f"explained variance {explained:.2f} at what is scored: {cause}")
     return found
 
 
 def is_base_model(name):
-    """By its name: …-base, or one of the families whose instruct models are named so."""
+    """By its name: …-Base, or of a family whose instruct models say so in theirs, and not one.
+
+    Qwen3 has it the other way round: Qwen3-8B is the instruct model, Qwen3-8B-Base is not.
+    """
     family = re.search(r"(?i)llama-?3|gemma|qwen", name)
-    instruct = re.search(r"(?i)it\b|instruct|chat", name)
+    instruct = re.search(r"(?i)[-_]it(?![a-z0-9])|instruct|chat|qwen3", name)
     return bool(re.search(r"(?i)base\b", name) or (family and not instruct))
 
 
@@ -210,11 +215,10 @@ class Checkpoint:
 
 
 def load_sae(path, dtype=torch.float32, device="cpu", k=None, revision=None):
-    """Any layout of READERS below → SAE. `path`: file, folder, hub:REPO[:SUBFOLDER]. Errors:
-    SAEError.
+    """Any layout of READERS below → SAE. Errors: SAEError.
 
-    Nothing in a checkpoint is run: no pickle but a third party's .pt, and that with
-    weights_only=True.
+    path: file, folder or hub:REPO[:SUBFOLDER]. Nothing in a checkpoint is run: no pickle is opened
+    but a third party's .pt, and that with weights_only=True.
     """
     weights, config = find_checkpoint(path, revision)
     tensors, own = read_tensors(weights)
@@ -225,8 +229,7 @@ def load_sae(path, dtype=torch.float32, device="cpu", k=None, revision=None):
 
     sae.info.setdefault("layout", layout)
     sae.info.update(file=weights.name, weights=str(weights))
-    # below each tensor is freed as soon as it is converted: never two copies of all
-    tensors.clear()
+    tensors.clear()     # so that the loop frees each as soon as it is converted: never two of all
     for name in TENSORS:
         if getattr(sae, name) is not None:
             setattr(sae, name, getattr(sae, name).to(device=device, dtype=dtype))
@@ -239,14 +242,14 @@ def read_layout(checkpoint, layout):
     try:
         return READERS[layout](checkpoint)
     except KeyError as error:
-        raise SAEError(f"tensor or setting {error} is missing · {where} · the checkpoint is not "
-                       "complete") from None
+        raise SAEError(f"tensor or setting {error} is missing · {where} · "
+                       "the checkpoint is not complete") from None
     except SAEError:
         raise
     except (TypeError, ValueError, AttributeError, IndexError, RuntimeError,
             ArithmeticError) as error:
-        raise SAEError(f"the configuration or a tensor is malformed ({error}) · {where} · fetch "
-                       "the file again") from None
+        raise SAEError(f"the configuration or a tensor is malformed ({error}) · {where} · "
+                       "fetch the file again") from None
 
 
 def find_checkpoint(path, revision=None):
@@ -256,8 +259,8 @@ def find_checkpoint(path, revision=None):
         text = fetch(text.removeprefix("hub:"), revision)
     path = Path(text)
     if not path.exists():
-        raise SAEError(f"file not found · {path} · name an SAE file or folder, or "
-                       "hub:REPO[:SUBFOLDER]")
+        raise SAEError(f"file not found · {path} · "
+                       "name an SAE file or folder, or hub:REPO[:SUBFOLDER]")
     if path.is_dir():
         path = only_weights_in(path)
     return path, config_beside(path)
@@ -272,8 +275,8 @@ def only_weights_in(folder):
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         names = ", ".join(str(path.relative_to(folder)) for path in files[:12]) or "nothing"
         what = "several SAEs" if found else "no SAE"
-        raise SAEError(f"{what} in this folder · {folder} holds {names} · name one file or "
-                       "subfolder")
+        raise SAEError(f"{what} in this folder · {folder} holds {names} · "
+                       "name one file or subfolder")
     return found[0]
 
 
@@ -305,19 +308,18 @@ def read_json(path):
 def hub_is_silent():
     """Does the hub take a connection and say nothing? It would be waited for without end."""
     if os.environ.get("HF_HUB_OFFLINE", "0") != "0":
-        return False                                # it is not asked at all
+        return False                # it is not asked at all
     address = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     seconds = float(os.environ.get("HF_HUB_ETAG_TIMEOUT", 10))
     try:
         urllib.request.urlopen(address, timeout=seconds).close()
-    except OSError as error:                        # any answer will do
+    except OSError as error:        # any answer will do, a refusal too
         return "timed out" in str(error)
     return False
 
 
 def fetch(name, revision=None):
-    """REPO[:SUBFOLDER or file] of the hub → local path; only the files of that subfolder are
-    fetched."""
+    """REPO[:SUBFOLDER or file] of the hub → local path; nothing outside of it is fetched."""
     from huggingface_hub import snapshot_download
     repo, _, inside = name.partition(":")
     patterns = ["*.json", "*.safetensors", "*.npz", "*.pt"]
@@ -328,11 +330,10 @@ def fetch(name, revision=None):
     try:
         local = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns,
                                        local_files_only=hub_is_silent()))
-    # offline, no such repository, gated: the hub's own first line says which
-    except Exception as error:
-        raise SAEError(f"the hub did not give it ({str(error).splitlines()[0]}) · {name} · check "
-                       "name and connection, "
-                       "or pass a local folder") from None
+    except Exception as error:      # offline, gated, no such repository: its first line says which
+        reason = str(error).splitlines()[0]
+        raise SAEError(f"the hub did not give it ({reason}) · {name} · "
+                       "check name and connection, or pass a local folder") from None
     return str(local / inside) if inside else str(local)
 
 
@@ -342,13 +343,12 @@ def read_tensors(path):
     try:
         return readers.get(path.suffix, read_pt)(path)
     except UnpicklingError:
-        raise SAEError(f"refused: the pickle holds more than tensors, or is damaged · {path} · ask "
-                       "the author for safetensors") from None
-    # the readers raise all sorts: OSError, BadZipFile, zlib.error, TypeError, MemoryError …
-    except Exception as error:
+        raise SAEError(f"refused: the pickle holds more than tensors, or is damaged · {path} · "
+                       "ask the author for safetensors") from None
+    except Exception as error:      # OSError, BadZipFile, zlib.error, TypeError, MemoryError …
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SAEError(f"not a readable checkpoint ({reason}) · {path} · fetch the file "
-                       "again") from None
+        raise SAEError(f"not a readable checkpoint ({reason}) · {path} · "
+                       "fetch the file again") from None
 
 
 def read_safetensors(path):
@@ -361,8 +361,7 @@ def read_safetensors(path):
 
 
 def read_npz(path):
-    """→ (tensors, {}). Refuses an archive that unpacks to far more than its size, and arrays that
-    are not as their header says."""
+    """→ (tensors, {}). Refuses what unpacks to far more than its size, or belies its headers."""
     with zipfile.ZipFile(path) as archive:
         unpacked = sum(item.file_size for item in archive.infolist())
         if unpacked > 16 * path.stat().st_size + (1 << 20):
@@ -386,8 +385,10 @@ def check_array(member, item):
 
 
 def read_pt(path):
-    """→ (tensors, {}). torch.load compares no checksum, and takes the bytes of a compressed part as
-    they lie there: checked first."""
+    """→ (tensors, {}). Refuses a compressed or damaged archive.
+
+    torch.load compares no checksum, and takes the bytes of a compressed part as they lie there.
+    """
     with zipfile.ZipFile(path) as archive:
         if any(item.compress_type != zipfile.ZIP_STORED for item in archive.infolist()):
             raise ValueError("the .pt is compressed")
@@ -414,8 +415,10 @@ def read_pt(path):
 # ---------------------------------------------------------------- which layout is it
 
 def layout_of(c):
-    """A Checkpoint → the name of its layout, told by its tensors and never by a folder's name. The
-    first that fits counts."""
+    """A Checkpoint → the name of its layout: the first that fits.
+
+    It is told by the tensors, never by a folder's name.
+    """
     if c.own.get("stage"):
         return "sparserm"
     refuse_other_sites(c)
@@ -452,16 +455,14 @@ def layout_of(c):
 
 
 def refuse_other_sites(c):
-    """Refuse what is no SAE of a block's output: transcoders, skip connections, SAEs of the MLP, of
-    attention …"""
-    other_tensors = set(c.tensors) & {"W_skip", "affine_skip_connection", "W_gate_enc",
-                                      "encoder_glu.weight"}
+    """Refuse what is no SAE of a block's output: transcoders, SAEs of the MLP, of attention …"""
+    names = {"W_skip", "affine_skip_connection", "W_gate_enc", "encoder_glu.weight"}
+    other_tensors = names & set(c.tensors)
     flags = ("transcode", "skip_connection", "use_glu_encoder", "affine_skip_connection")
     other = sorted(other_tensors | {flag for flag in flags if c.config.get(flag) is True})
     if other:
-        raise refused(f"{', '.join(other)} means a transcoder, a skip connection or a GLU encoder, "
-                      "not an SAE of one activation",
-                      c.path, "choose a residual-stream SAE")
+        what = "a transcoder, a skip connection or a GLU encoder, not an SAE of one activation"
+        raise refused(f"{', '.join(other)} means {what}", c.path, "choose a residual-stream SAE")
 
     other_site = r"mlp|attn|attention|hook_z|\.q\b|\.k\b|\.v\b|hook_resid_(pre|mid)"
     elsewhere = [hook for hook in hooks_of(c) if re.search(other_site, hook)]
@@ -519,8 +520,10 @@ def note_fold(sae, why):
 
 
 def fold_scale(sae, scale_in, scale_out, why, path):
-    """Trained on scale_in · z, its output scale_out · z: put both into the weights; f stays what it
-    was."""
+    """Trained on scale_in · z, its output scale_out · z: put both into the weights.
+
+    (s z - b_in) W + b_enc = (z - b_in / s) (s W) + b_enc: b_enc and f stay.
+    """
     check_shapes(sae, path)
     sae.W_enc = sae.W_enc.float() * scale_in
     sae.b_in = sae.b_in.float() / scale_in
@@ -530,8 +533,10 @@ def fold_scale(sae, scale_in, scale_out, why, path):
 
 
 def gate_by_norm(sae, path):
-    """The gate compares pre · ‖decoder row‖ with the threshold: θ_j = θ / ‖d_j‖, or a rescaled
-    TopK."""
+    """The gate looks at pre_j · ‖d_j‖, d_j the decoder row: put the norms into the weights.
+
+    JumpReLU: θ_j = θ / ‖d_j‖. TopK: encoder times, decoder by the norm. ReLU: nothing changes.
+    """
     check_shapes(sae, path)
     norm = sae.W_dec.float().norm(dim=1)
     if sae.activation == "jumprelu":
@@ -540,7 +545,8 @@ def gate_by_norm(sae, path):
         sae.W_enc = sae.W_enc.float() * norm
         sae.b_enc = sae.b_enc.float() * norm
         sae.W_dec = sae.W_dec.float() / norm[:, None]
-    note_fold(sae, "decoder norms into the gate")
+    if sae.activation in ("jumprelu", "topk"):
+        note_fold(sae, "decoder norms into the gate")
 
 
 # ------------------------------------------------------------- a reader a family: Checkpoint → SAE
@@ -550,22 +556,42 @@ def read_own(c):
     t = c.tensors
     info = dict(c.own)
     activation, k, norm, _ = [info.pop(name) for name in ("activation", "k", "norm", "stage")]
-    return SAE(t["W_enc"], t["b_enc"], t["W_dec"], t["b_dec"], t["b_in"], activation, k=k,
-               threshold=t.get("threshold"), b_gate=t.get("b_gate"), b_mag=t.get("b_mag"),
-               r_mag=t.get("r_mag"), norm=norm, info=info)
+    return SAE(
+        W_enc=t["W_enc"],
+        b_enc=t["b_enc"],
+        W_dec=t["W_dec"],
+        b_dec=t["b_dec"],
+        b_in=t["b_in"],
+        activation=activation,
+        k=k,
+        threshold=t.get("threshold"),
+        b_gate=t.get("b_gate"),
+        b_mag=t.get("b_mag"),
+        r_mag=t.get("r_mag"),
+        norm=norm,
+        info=info)
 
 
 def read_gemma_scope(c):
-    """Gemma Scope 1 (npz) and 2 (safetensors): nothing scaled or subtracted. Layer and L0 stand in
-    the path or config."""
+    """Gemma Scope 1 (npz) and 2 (safetensors): nothing scaled or subtracted.
+
+    Layer and L0 stand in the path or the config.
+    """
     t = c.tensors
     W_enc, W_dec = (t["W_enc"], t["W_dec"]) if c.has("W_enc") else (t["w_enc"], t["w_dec"])
     hook = c.config.get("hf_hook_point_in") or last_match(r"layer_\d+", c.path)
     l0 = c.config.get("l0") or last_match(r"l0_(\d+)", c.path.parent)
     info = {"model": c.config.get("model_name"), "hook": hook, "layer": hook_layer(hook),
             "l0": l0 and float(l0)}
-    return SAE(W_enc, t["b_enc"], W_dec, t["b_dec"], torch.zeros_like(t["b_dec"]), "jumprelu",
-               threshold=t["threshold"], info=info)
+    return SAE(
+        W_enc=W_enc,
+        b_enc=t["b_enc"],
+        W_dec=W_dec,
+        b_dec=t["b_dec"],
+        b_in=torch.zeros_like(t["b_dec"]),
+        activation="jumprelu",
+        threshold=t["threshold"],
+        info=info)
 
 
 def read_sparsify(c):
@@ -576,17 +602,22 @@ def read_sparsify(c):
         raise refused(f"activation {activation}", c.path, "topk and groupmax are read")
     hook = c.path.parent.name
     info = {"hook": hook, "layer": hook_layer(hook), "model": c.config.get("model")}
-    return SAE(t["encoder.weight"].T, t["encoder.bias"], t["W_dec"], t["b_dec"], t["b_dec"],
-               activation,
-               k=int(c.k or c.config["k"]), info=info)
+    return SAE(
+        W_enc=t["encoder.weight"].T,
+        b_enc=t["encoder.bias"],
+        W_dec=t["W_dec"],
+        b_dec=t["b_dec"],
+        b_in=t["b_dec"],
+        activation=activation,
+        k=int(c.k or c.config["k"]),
+        info=info)
 
 
 def read_saelens(c):
-    """SAELens v3 to v6: cfg.json decides the activation and what is subtracted, scaled or
-    normalised."""
+    """SAELens v3 to v6: cfg.json decides on the activation, and what is subtracted or scaled."""
     if not c.config:
-        raise SAEError(f"cfg.json is missing · beside {c.path} · it decides the activation and the "
-                       "scale; fetch the whole folder")
+        raise SAEError(f"cfg.json is missing · beside {c.path} · "
+                       "it decides the activation and the scale; fetch the whole folder")
     t = c.tensors
     config = {**c.config.get("metadata", {}), **c.config}  # v6 keeps some of it in metadata
     check_saelens_scaling(c)
@@ -616,20 +647,23 @@ def read_saelens(c):
 def saelens_kind(c, config):
     """→ relu, topk, jumprelu or gated."""
     kind = config.get("architecture", "standard")
-    activation = config.get("activation_fn_str") or config.get("activation_fn") or "relu"
-    if kind == "standard" and activation == "topk":
-        return "topk"
-    if kind == "standard" and config.get("activation_fn_str", "relu") != "relu":
-        raise refused(f"activation_fn_str {config['activation_fn_str']}", c.path,
-                      "relu and topk are read")
     if kind not in ("standard", "topk", "jumprelu", "gated"):
         raise refused(f"architecture {kind}", c.path, "standard, topk, jumprelu and gated are read")
-    return "relu" if kind == "standard" else kind
+    if kind != "standard":
+        return kind
+
+    named = []                      # the activation has two names, of which the first counts
+    for name in ("activation_fn_str", "activation_fn"):
+        activation = config.get(name) or "relu"
+        if activation not in ("relu", "topk"):
+            raise refused(f"{name} {activation}", c.path, "relu and topk are read")
+        if config.get(name):
+            named.append(activation)
+    return named[0] if named else "relu"
 
 
 def saelens_norm(c):
-    """normalize_activations → what SAE.norm calls it, or expected_average_only_in, which is
-    folded."""
+    """normalize_activations → what SAE.norm calls it, or expected_average_only_in (is folded)."""
     norm = c.config.get("normalize_activations") or "none"
     if norm is True:                                                # v3 had a bool
         norm = "expected_average_only_in"
@@ -642,33 +676,31 @@ def check_saelens_scaling(c):
     """A fine-tuned SAE may scale its latents; one that does is refused."""
     factor = c.tensors.get("scaling_factor", c.tensors.get("finetuning_scaling_factor"))
     if factor is not None and not torch.allclose(factor.float(), torch.ones(())):
-        raise refused("the tensor scaling_factor is not all ones", c.path,
-                      "its meaning is not settled")
+        what = "the tensor scaling_factor is not all ones"
+        raise refused(what, c.path, "its meaning is not settled")
 
 
 def fold_saelens_scale(sae, config, path):
     """expected_average_only_in: one scale of the whole data set, which the file has to name."""
     scale = config.get("norm_scaling_factor")
     if not scale:
-        raise refused("normalize_activations expected_average_only_in without norm_scaling_factor",
-                      path,
-                      "the scale of the data set is not in the file; fold it with SAELens and save "
-                      "again")
+        what = "normalize_activations expected_average_only_in without norm_scaling_factor"
+        advice = "the scale of the data set is not in the file; fold it with SAELens and save again"
+        raise refused(what, path, advice)
     sae.norm = "none"
     fold_scale(sae, float(scale), float(scale), f"input scale {scale:.6g}", path)
 
 
 def read_openmoss(c):
-    """Llama Scope and newer: trained on √d / (mean norm) · z; the gate may look at decoder
-    norms."""
+    """Llama Scope and newer, trained on √d / (mean norm) · z; the gate may use decoder norms."""
     t, config = c.tensors, c.config
     activation = config.get("act_fn", "jumprelu")
     if activation not in ("relu", "topk", "jumprelu"):
         raise refused(f"act_fn {activation}", c.path, "relu, topk and jumprelu are read")
     norm = config.get("norm_activation", "dataset-wise")
     if norm not in ("dataset-wise", "inference", "token-wise"):
-        raise refused(f"norm_activation {norm}", c.path,
-                      "dataset-wise, inference and token-wise are read")
+        advice = "dataset-wise, inference and token-wise are read"
+        raise refused(f"norm_activation {norm}", c.path, advice)
 
     if c.has("W_E"):
         W_enc, b_enc, W_dec, b_dec = t["W_E"], t["b_E"], t["W_D"], t["b_D"]
@@ -678,30 +710,33 @@ def read_openmoss(c):
     b_in = b_dec if config.get("apply_decoder_bias_to_pre_encoder") else torch.zeros_like(b_dec)
     hook = config.get("hook_point_in") or config.get("hook_point") or ""
     model = config.get("model_name") or last_match(r"Llama3_1-8B-Base", c.path)
-    sae = SAE(W_enc, b_enc, W_dec, b_dec, b_in, activation,
-              info={"hook": hook, "layer": hook_layer(hook), "model": model},
-              norm="constant_norm_rescale" if norm == "token-wise" else "none")
+    per_token = "constant_norm_rescale" if norm == "token-wise" else "none"
+    info = {"hook": hook, "layer": hook_layer(hook), "model": model}
+    sae = SAE(W_enc, b_enc, W_dec, b_dec, b_in, activation, norm=per_token, info=info)
 
     mean_norm = openmoss_mean_norm(c) if norm == "dataset-wise" else None
     root = math.sqrt(sae.d_model)
     if activation == "topk":
         sae.k = int(c.k or config["top_k"])
     if activation == "jumprelu":
-        sae.threshold = openmoss_threshold(c, b_enc, root / mean_norm["in"] if mean_norm else 1.0)
+        scale = root / mean_norm["in"] if mean_norm else 1.0
+        sae.threshold = openmoss_threshold(c, b_enc, scale)
     if config.get("sparsity_include_decoder_norm"):
         gate_by_norm(sae, c.path)                   # before the scale: the norms as stored
     if norm == "dataset-wise":
         if not mean_norm:
-            raise refused("norm_activation dataset-wise without dataset_average_activation_norm",
-                          c.path, "the scale is not in the file")
+            what = "norm_activation dataset-wise without dataset_average_activation_norm"
+            raise refused(what, c.path, "the scale is not in the file")
         why = f"input scale √d / {mean_norm['in']:.6g}"
         fold_scale(sae, root / mean_norm["in"], root / mean_norm["out"], why, c.path)
     return sae
 
 
 def openmoss_mean_norm(c):
-    """The mean norm of what goes in and what comes out → {in, out}, from the config or (R1) from
-    two tensors; None: neither."""
+    """The mean norm of what goes in and what comes out → {in, out}, or None where it is not stated.
+
+    It stands in the config, or (R1) in two tensors.
+    """
     if c.config.get("dataset_average_activation_norm"):
         return c.config["dataset_average_activation_norm"]
     found = {}
@@ -714,8 +749,11 @@ def openmoss_mean_norm(c):
 
 
 def openmoss_threshold(c, b_enc, scale):
-    """The scalar of the config is in units of the raw stream, the tensor log_jumprelu_threshold in
-    those of training."""
+    """The threshold in the units of training → [d_sae].
+
+    The tensor log_jumprelu_threshold is in them, the scalar of the config in those of the raw
+    stream.
+    """
     names = ("log_jumprelu_threshold", "activation_function.log_jumprelu_threshold")
     for name in names:
         if name in c.tensors:
@@ -735,38 +773,52 @@ def dictionary_learning_info(c):
 def read_dictionary_learning(c):
     """AutoEncoder: ReLU, one bias that is subtracted and added."""
     t = c.tensors
-    return SAE(t["encoder.weight"].T, t["encoder.bias"], t["decoder.weight"].T, t["bias"],
-               t["bias"], "relu",
-               info=dictionary_learning_info(c))
+    return SAE(
+        W_enc=t["encoder.weight"].T,
+        b_enc=t["encoder.bias"],
+        W_dec=t["decoder.weight"].T,
+        b_dec=t["bias"],
+        b_in=t["bias"],
+        activation="relu",
+        info=dictionary_learning_info(c))
 
 
 def read_dictionary_learning_gated(c):
     """GatedAutoEncoder."""
     t = c.tensors
     W_enc = t["encoder.weight"].T
-    return SAE(W_enc, torch.zeros(W_enc.shape[-1:]), t["decoder.weight"].T, t["decoder_bias"],
-               t["decoder_bias"], "gated",
-               b_gate=t["gate_bias"], b_mag=t["mag_bias"], r_mag=t["r_mag"],
-               info=dictionary_learning_info(c))
+    return SAE(
+        W_enc=W_enc,
+        b_enc=torch.zeros(W_enc.shape[-1:]),
+        W_dec=t["decoder.weight"].T,
+        b_dec=t["decoder_bias"],
+        b_in=t["decoder_bias"],
+        activation="gated",
+        b_gate=t["gate_bias"],
+        b_mag=t["mag_bias"],
+        r_mag=t["r_mag"],
+        info=dictionary_learning_info(c))
 
 
 def read_dictionary_learning_topk(c):
-    """AutoEncoderTopK, BatchTopKSAE and Matryoshka. BatchTopK is a JumpReLU with one learned
-    threshold at inference."""
+    """AutoEncoderTopK, BatchTopKSAE and Matryoshka.
+
+    BatchTopK at inference is a JumpReLU with one learned threshold.
+    """
     t = c.tensors
     if c.has("encoder.weight"):
         W_enc, b_enc, W_dec = t["encoder.weight"].T, t["encoder.bias"], t["decoder.weight"].T
     else:
         W_enc, b_enc, W_dec = t["W_enc"], t["b_enc"], t["W_dec"]
-    sae = SAE(W_enc, b_enc, W_dec, t["b_dec"], t["b_dec"], "topk", k=int(t["k"]),
-              info=dictionary_learning_info(c))
+    info = dictionary_learning_info(c)
+    sae = SAE(W_enc, b_enc, W_dec, t["b_dec"], t["b_dec"], "topk", k=int(t["k"]), info=info)
 
     threshold = float(t.get("threshold", -1.0))                     # below 0: never set
     kind = c.config.get("trainer", {}).get("dict_class", "")
     batch = "BatchTopK" in kind or c.has("group_sizes")
     if batch and threshold < 0:
-        sae.info["warning"] = ("the threshold of this BatchTopK SAE was never set: top-k per token "
-                               "is used")
+        sae.info["warning"] = ("the threshold of this BatchTopK SAE was never set: "
+                               "top-k per token is used")
     elif batch or (not kind and threshold >= 0):
         sae.activation, sae.k = "jumprelu", 0
         sae.threshold = per_latent(threshold, b_enc)
@@ -778,9 +830,15 @@ def read_dictionary_learning_topk(c):
 def read_dictionary_learning_jumprelu(c):
     """JumpReluAutoEncoder: nothing subtracted."""
     t = c.tensors
-    return SAE(t["W_enc"], t["b_enc"], t["W_dec"], t["b_dec"], torch.zeros_like(t["b_dec"]),
-               "jumprelu",
-               threshold=per_latent(t["threshold"], t["b_enc"]), info=dictionary_learning_info(c))
+    return SAE(
+        W_enc=t["W_enc"],
+        b_enc=t["b_enc"],
+        W_dec=t["W_dec"],
+        b_dec=t["b_dec"],
+        b_in=torch.zeros_like(t["b_dec"]),
+        activation="jumprelu",
+        threshold=per_latent(t["threshold"], t["b_enc"]),
+        info=dictionary_learning_info(c))
 
 
 def read_qwen_scope(c):
@@ -788,12 +846,18 @@ def read_qwen_scope(c):
     t = c.tensors
     k = c.k or last_match(r"L0_(\d+)", c.path)
     if not k:
-        raise SAEError(f"k is not in the file · {c.path} · pass --k-sae N, the number after L0_ in "
-                       "the repository's name")
-    info = {"layer": hook_layer(c.path.name),
-            "model": last_match(r"Qwen[\w.]+-[\d.]+B(?:-Base)?", c.path)}
-    return SAE(t["W_enc"].T, t["b_enc"], t["W_dec"].T, t["b_dec"], torch.zeros_like(t["b_dec"]),
-               "topk", k=int(k), info=info)
+        raise SAEError(f"k is not in the file · {c.path} · "
+                       "pass --k-sae N, the number after L0_ in the repository's name")
+    model = last_match(r"Qwen[\w.]+-[\d.]+B(?:-Base)?", c.path)
+    return SAE(
+        W_enc=t["W_enc"].T,
+        b_enc=t["b_enc"],
+        W_dec=t["W_dec"].T,
+        b_dec=t["b_dec"],
+        b_in=torch.zeros_like(t["b_dec"]),
+        activation="topk",
+        k=int(k),
+        info={"layer": hook_layer(c.path.name), "model": model})
 
 
 READERS = {
@@ -823,8 +887,8 @@ NORMS = ("none", "constant_norm_rescale", "layer_norm")
 def check_shapes(sae, path):
     """Refuse tensors that do not fit together, NaN or Inf, and a k or activation that cannot be."""
     if sae.W_enc.dim() != 2 or 0 in sae.W_enc.shape:
-        raise SAEError(f"W_enc has shape {list(sae.W_enc.shape)}, expected [d_model, d_sae] · "
-                       f"{path} · not an SAE")
+        shape = list(sae.W_enc.shape)
+        raise SAEError(f"W_enc has shape {shape}, expected [d_model, d_sae] · {path} · not an SAE")
     d, m = sae.W_enc.shape
     shapes = {"W_enc": (d, m), "W_dec": (m, d), "b_dec": (d,), "b_in": (d,)}
     for name in TENSORS:
@@ -833,8 +897,8 @@ def check_shapes(sae, path):
             check_tensor(name, tensor, shapes.get(name, (m,)), sae.W_enc.shape, path)
 
     if str(sae.activation) not in NEEDS or sae.norm not in NORMS:
-        raise SAEError(f"activation {sae.activation!r}, norm {sae.norm!r} · {path} · fetch the "
-                       "file again")
+        raise SAEError(f"activation {sae.activation!r}, norm {sae.norm!r} · {path} · "
+                       "fetch the file again")
     if sae.activation in ("topk", "groupmax"):
         fits = type(sae.k) is int and 0 < sae.k <= m
         if not fits or (sae.activation == "groupmax" and m % sae.k):
@@ -845,21 +909,23 @@ def check_shapes(sae, path):
 
 
 def check_tensor(name, tensor, wanted, of, path):
-    """Refuse a tensor of another shape or type, or with NaN or Inf. of: the shape of W_enc, which
-    the others have to fit."""
+    """Refuse a tensor of another shape than `wanted`, of another type, or with NaN or Inf.
+
+    of: the shape of W_enc, which the others have to fit.
+    """
     if tuple(tensor.shape) != wanted:
-        raise SAEError(f"{name} has shape {list(tensor.shape)}, expected {list(wanted)} from W_enc "
-                       f"{list(of)} · {path} · "
-                       "the checkpoint is damaged or mislabelled")
-    finite = tensor.is_floating_point()
-    if finite:
-        # a sum in another dtype copies what it sums
-        rows_at_a_time = max(1, 2**24 // tensor[0].numel())
+        found, expected = list(tensor.shape), list(wanted)
+        raise SAEError(f"{name} has shape {found}, expected {expected} from W_enc {list(of)} · "
+                       f"{path} · the checkpoint is damaged or mislabelled")
+    usable = tensor.is_floating_point()
+    if usable:
+        rows_at_a_time = max(1, 2**24 // tensor[0].numel())     # a sum in float32 makes a copy
         parts = tensor.split(rows_at_a_time)
-        finite = all(torch.isfinite(part.sum(dtype=torch.float32)) for part in parts)
-    if not finite:
-        raise SAEError(f"{name} holds NaN or Inf, or is not a float tensor · {path} · fetch the "
-                       "file again")
+        # one NaN or Inf makes the sum one
+        usable = all(torch.isfinite(part.sum(dtype=torch.float32)) for part in parts)
+    if not usable:
+        raise SAEError(f"{name} holds NaN or Inf, or is not a float tensor · {path} · "
+                       "fetch the file again")
 
 
 # ---------------------------------------------------------------- python sae.py info PATH
@@ -868,6 +934,7 @@ def describe(sae):
     """The lines of `sae.py info`."""
     info = sae.info
     norms = sae.W_dec.float().norm(dim=1)
+    subtracted = "b_dec subtracted" if sae.b_in.any() else "nothing subtracted"
     numbers = ""
     if sae.k:
         numbers = f"k = {sae.k}"
@@ -880,8 +947,7 @@ def describe(sae):
         "hook": info.get("hook"),
         "width": f"{sae.d_model} → {sae.d_sae}",
         "activation": f"{sae.activation} {numbers}",
-        "input": f"{'b_dec subtracted' if sae.b_in.any() else 'nothing subtracted'}, per-token "
-                 f"scaling {sae.norm}",
+        "input": f"{subtracted}, per-token scaling {sae.norm}",
         "decoder norms": f"{norms.min():.3f} … {norms.max():.3f}",
         "folded": info.get("folded") or "nothing",
         "stated L0": info.get("l0"),
@@ -904,10 +970,12 @@ def parse_args():
     info = commands.add_parser("info", help=says,
                                description=f"{says}\n\n    python sae.py info PATH",
                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    info.add_argument("path", help="SAE file or folder, hub:REPO[:SUBFOLDER]")
-    info.add_argument("--k-sae", type=int, help="k of a TopK SAE whose files do not hold it "
-                                                "(Qwen-Scope)")
-    info.add_argument("--revision", help="branch, tag or commit on the hub")
+    info.add_argument("path",
+                      help="SAE file or folder, hub:REPO[:SUBFOLDER]")
+    info.add_argument("--k-sae", type=int,
+                      help="k of a TopK SAE whose files do not hold it (Qwen-Scope)")
+    info.add_argument("--revision",
+                      help="branch, tag or commit on the hub")
     info.add_argument("--sae-dtype", choices=("float32", "bfloat16", "float16"), default="float32",
                       help="in memory (default float32)")
     return p.parse_args([word for word in sys.argv[1:] if word != "--debug"])

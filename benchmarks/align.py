@@ -3,7 +3,7 @@
     python benchmarks/align.py --pairs truthfulqa.jsonl --questions truthfulqa_mc.jsonl --write
 
 1. the train and dev questions of --pairs are cut in two: about 500 clean pairs for the reward
-   model, --train-pairs others for the policy
+   model (stages 1 to 3 with their defaults, no pair held out), --train-pairs others for the policy
 2. of the policy's pairs, a share --noise has its labels flipped
 3. each filter drops some of them; what is left trains the policy: TRL's DPOTrainer, a LoRA of PEFT,
    one epoch
@@ -17,8 +17,7 @@
     sparserm        `05_best_of_n.py pairs --filter`: drops where the rejected side scores as high
                     or higher (the paper's filter)
     random          as many pairs as sparserm keeps, drawn at random
-    length          drops where the length rule that wins on the reward model's train pairs says
-                    otherwise
+    length          drops where the length rule that wins on the reward model's pairs says otherwise
     dense           drops where a Bradley-Terry head on the whole hidden state, trained on the same
                     pairs, says otherwise
     oracle          drops exactly the flipped pairs
@@ -90,21 +89,17 @@ def flipped(rows, noise, seed):
 # ---------------------------------------------------------------- filters
 
 def dense_differences(pairs, reward, rows):
-    """r_chosen - r_rejected of a Bradley-Terry head on z, trained on the reward model's pairs with
-    stage 4's search → [n]."""
-    chosen, rejected = pairs.z
-    fitted = stage4.fit_control(chosen, rejected, pairs.split, stage4.DENSE, stage3.DEFAULTS,
-                                seeds=range(5))
+    """r_chosen - r_rejected of a Bradley-Terry head on z, trained on the reward model's pairs
+    → [n]."""
     prompts = [row["prompt"] for row in rows]
     z = [reward.hidden(prompts, [row[side] for row in rows]) for side in SIDES]
-    return fitted.differences(*z)
+    return common.fit_dense(pairs).differences(z).numpy()
 
 
 def length_differences(pairs, rows):
-    """Words of chosen minus rejected, with the sign that wins on the reward model's train pairs (a
-    draw: longer) → [n]; 0: as long."""
-    chosen, rejected = pairs.part(pairs.train).tokens
-    longer = np.sign(chosen - rejected.astype(float)).sum()
+    """Words of chosen minus rejected, with the sign that wins on the reward model's pairs (a draw:
+    longer) → [n]; 0: as long."""
+    longer = np.sign(stage4.longer_by(pairs)).sum()
     sign = 1 if longer >= 0 else -1
     words = [len(row["chosen"].split()) - len(row["rejected"].split()) for row in rows]
     return sign * np.array(words, float)
@@ -218,8 +213,7 @@ def train_reward(rows, folder, args):
     if not (run / "reward_head.safetensors").exists():
         write_rows(folder / "clean.jsonl", rows)
         common.run_script("01_extract.py", "--run", run, "--pairs", folder / "clean.jsonl",
-                          "--model", args.model, "--layer", args.layer,
-                          "--seed", 1, "--split", "0.85,0.15,0")
+                          "--model", args.model, "--layer", args.layer, "--split", "1,0,0")
         common.run_script("02_select_features.py", "--run", run, "--sae", args.sae)
         common.run_script("03_train_head.py", "--run", run)
     return stage3.RewardModel.load(run / "reward_head.safetensors")
@@ -240,7 +234,8 @@ class Experiment:
         self.reward = train_reward(self.clean, self.folder, args)
         run = self.folder / "reward"
         paths, _ = stage2.shard_files(run)
-        self.seen = stage4.Pairs(**stage4.read_pairs(run, paths))   # for the other filters
+        pairs = stage4.read_pairs(run, paths, self.reward.meta)
+        self.seen = stage4.Pairs(**pairs)       # for the other filters
 
     def noisy(self, seed):
         """The policy's pairs with the flips of a seed."""
@@ -380,7 +375,7 @@ def parse_args():
     p.add_argument("--layer", type=int, default=16)
     p.add_argument("--sae", default=str(DEMO_SAE))
     p.add_argument("--reward-pairs", type=int, default=500,
-                   help="clean pairs of the reward model, its dev pairs included")
+                   help="clean pairs of the reward model")
     p.add_argument("--train-pairs", type=int, default=320,
                    help="pairs of the policy, before the filter")
     p.add_argument("--noise", type=float, default=0.3, help="share of labels flipped")

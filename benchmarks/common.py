@@ -20,7 +20,7 @@ import torch
 
 from parts.files import UserError, write_text
 from parts.rows import read_rows, usable_pairs
-from parts.statistics import bootstrap
+from parts.statistics import LIMITS, group_weights, says_little
 
 stage1 = importlib.import_module("01_extract")
 stage2 = importlib.import_module("02_select_features")
@@ -32,7 +32,6 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
 DEMO_SAE = ROOT / "assets/sae-smollm2-135m-layer16.safetensors"
 SIDES = stage4.SIDES
-FOLDS = 5
 
 
 # ---------------------------------------------------------------- commands
@@ -139,18 +138,38 @@ def unseen_questions(path, seed=0):
     return [row for row in rows if stage1.split_of(row["prompt"], seed) == "test"]
 
 
-def fold_splits(split, group):
-    """Train and dev pairs in FOLDS folds by prompt → yield one split a fold.
+# ---------------------------------------------------------------- a dense head
 
-    A fold is its test, the next one its dev; the pairs of the real test split are left out.
-    """
-    fold = torch.from_numpy(np.searchsorted(np.unique(group), group)) % FOLDS
-    for n in range(FOLDS):
-        part = torch.full_like(fold, stage4.TRAIN)
-        part[fold == (n + 1) % FOLDS] = stage4.DEV
-        part[fold == n] = stage4.TEST
-        part[split == stage4.TEST] = stage4.NO_SPLIT
-        yield part
+def whole(left_out=()):
+    """The View of all of z, for stage 4's folds."""
+    def scores(pairs):
+        return pairs.z
+    return stage4.View(scores)
+
+
+def dense_out_of_fold(pairs):
+    """A dense head with Bradley-Terry, the penalty chosen within the folds → Outcome."""
+    if stage4.too_few(pairs):
+        return stage4.fixed_choice(pairs, whole, stage3.DEFAULTS, None)
+    return stage4.out_of_fold(pairs, whole, [None], stage3.DEFAULTS)
+
+
+def fit_dense(pairs):
+    """A dense head on all of these pairs, the penalty by cross-validation over their folds
+    → Fitted."""
+    settings = stage3.DEFAULTS
+    pair_loss = stage3.loss_named(settings["loss"])
+    losses = {}
+    for fold in range(pairs.folds):
+        held = pairs.fold == fold
+        path = stage4.fit_path(whole(), pairs.z, ~held, [None], stage3.PENALTIES, settings)
+        for option, fitted in path:
+            table = losses.setdefault(option, torch.zeros(len(held)))
+            table[held] = fitted.losses([z[held] for z in pairs.z], pair_loss)
+    _, l2 = stage3.choose(losses, pairs.group, "best")
+
+    [(_, fitted)] = stage4.fit_path(whole(), pairs.z, pairs.used(()), [None], [l2], settings)
+    return fitted
 
 
 # ---------------------------------------------------------------- the language model itself
@@ -200,12 +219,30 @@ def padded(texts):
 # ---------------------------------------------------------------- intervals and tables
 
 def mean_interval(values, groups):
-    """Values [n] or [seeds, n] → {mean, low, high}, a bootstrap over groups."""
-    return dict(zip(("mean", "low", "high"), bootstrap(values, groups)))
+    """Values [n], or [seeds, n] → {mean, low, high}: a bootstrap over groups and seeds."""
+    values = np.atleast_2d(np.asarray(values, dtype=float))
+    _, group_of = np.unique(groups, return_inverse=True)
+    of_group = np.stack([np.bincount(group_of, row) for row in values])     # [seeds, groups]
+    weights = group_weights(groups)                                         # [draws, groups]
+    means = weights @ of_group.T / (weights @ np.bincount(group_of))[:, None]
+
+    seeds = group_weights(range(len(values)), seed=1) / len(values)         # [draws, seeds]
+    low, high = np.quantile((means * seeds).sum(1), LIMITS)
+    return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
+
+
+def gap_interval(values, groups):
+    """As mean_interval, of a difference; low and high are None where too few groups differ."""
+    found = mean_interval(values, groups)
+    if says_little(np.atleast_2d(values).mean(0), groups):
+        found |= {"low": None, "high": None}
+    return found
 
 
 def printed_interval(row, mean="mean", sign="", ends=("low", "high")):
-    """0.586 [0.510, 0.660]"""
+    """0.586 [0.510, 0.660]; 0.586 (cannot tell) where there is no interval"""
+    if row[ends[0]] is None:
+        return f"{row[mean]:{sign}.3f} (cannot tell)"
     numbers = [f"{row[name]:{sign}.3f}" for name in (mean, *ends)]
     return "{} [{}, {}]".format(*numbers)
 

@@ -1,11 +1,11 @@
-"""Which of the paper's relations hold on several preference sets: each trained on its own train
-split, each head tested on all.
+"""Which of the paper's relations hold on several preference sets, by five folds of stage 4.
 
     python benchmarks/does_it_hold.py TruthfulQA=truthfulqa.jsonl HH=hh_harmless.jsonl … --write
 
-runs stages 1 to 4 (found complete, they are not run again) into runs/does-it-hold/NAME and prints
-the tables of the README; --write puts the figures into benchmarks/results/does_it_hold.json;
---tables prints the tables of that file again.
+runs stages 1 to 4 (found complete, they are not run again) into runs/does-it-hold/NAME, with token
+rule `mean`, and with `last` beside it in NAME/last; prints the tables of docs/results.md. --write
+puts the figures into benchmarks/results/does_it_hold.json; --tables prints the tables of that file
+again, --picture draws its K curve.
 """
 
 import json
@@ -14,36 +14,38 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import common
-from benchmarks.common import DEMO_SAE, difference, half, head_line, interval, line
+from benchmarks.common import DEMO_SAE, head_line, line
 from parts import report
 from parts.files import run_main
+from parts.statistics import is_clear
 
-NAMES = ("sparserm", "dense", "random_directions", "random_latents", "activations", "words",
-         "length", "shuffled_labels")
-KEPT = ("accuracy", "differences", "curves", "other", "calibration", "length", "sae", "run", "fold",
-        "stability", "explanations")
+METHODS = ("sparserm", "paper", "dense", "picked_directions", "picked_latents", "random_directions",
+           "random_latents", "activations", "principal_directions", "difference_of_means", "words",
+           "length", "blind", "shuffled_labels")
+KEPT = ("verdict", "accuracy", "differences", "curves", "categories", "sae", "run",
+        "repeated_answers")
+RULES = ("mean", "last")
+KS = ("1", "2", "4", "8", "16", "32", "64", "128")
 
 
 # ---------------------------------------------------------------- the stages
 
 def run_stages(sets, args):
-    """→ {name: what the tables need of its evaluation.json}."""
-    runs = {name: Path(args.out) / name for name in sets}
+    """→ {rule: {name: what the tables need of its evaluation.json}}."""
+    found = {rule: {} for rule in RULES}
     for name, file in sets.items():
-        stage("01_extract.py", runs[name], "--model", args.model, "--pairs", file,
-              "--layer", args.layer, "--token", args.token)
-        stage("02_select_features.py", runs[name], "--sae", args.sae)
-        stage("03_train_head.py", runs[name])
-
-    found = {}
-    for name, run in runs.items():
-        others = []
-        for other in runs:
-            if other != name:
-                others += ["--other", f"{other}={runs[other]}"]
-        stage("04_evaluate.py", run, "--sweeps", args.sweeps, *others)
-        evaluation = json.loads((run / "evaluation.json").read_text("utf-8"))
-        found[name] = {key: evaluation[key] for key in KEPT}
+        run = Path(args.out) / name
+        stage("01_extract.py", run, "--model", args.model, "--pairs", file, "--layer", args.layer,
+              "--token", *RULES, "--max-length", args.max_length)
+        for rule in RULES:
+            beside = [] if rule == "mean" else ["--name", rule]
+            folder = run if rule == "mean" else run / rule
+            stage("02_select_features.py", run, "--sae", args.sae, "--token", rule, *beside)
+            stage("03_train_head.py", run, *beside)
+            texts = [] if rule == "mean" else ["--texts", "0"]
+            stage("04_evaluate.py", run, *beside, *texts)
+            evaluation = json.loads((folder / "evaluation.json").read_text("utf-8"))
+            found[rule][name] = {key: evaluation[key] for key in KEPT}
     return found
 
 
@@ -55,81 +57,182 @@ def stage(script, run, *flags):
 
 # ---------------------------------------------------------------- tables
 
-def tables(found):
-    """The figures → markdown: accuracy of SparseRM and the controls; SparseRM minus each; K against
-    random directions."""
-    return "\n".join([accuracy_table(found), differences_table(found), k_table(found)])
+def spoken(name):
+    """random_latents → random latents."""
+    names = {"sparserm": "**SparseRM** (linear, K auto)",
+             "paper": "the paper's head (MLP, K = 128)",
+             "difference_of_means": "difference of means (one direction)",
+             "blind": "blind (answer alone, 300 pairs)"}
+    return names.get(name, name.replace("_", " "))
+
+
+def number(x, signed=False):
+    """0.634 → .634; with a sign: +.634."""
+    text = f"{x:+.3f}" if signed else f"{x:.3f}"
+    return text.replace("0.", ".", 1)
 
 
 def accuracy_table(found):
-    """Accuracy of SparseRM and of all controls, a column each set."""
+    """Accuracy out of fold of SparseRM and all controls, a column a set."""
     ours = [row["accuracy"]["sparserm"] for row in found.values()]
-    text = head_line("test accuracy, a tie as half", found)
-    text += line("test pairs / prompts", [f"{row['n']} / {row['groups']}" for row in ours])
-    text += line("K chosen on dev", [str(row["choice"]) for row in ours])
-    for name in NAMES:
-        text += line(spoken(name), [half(row["accuracy"][name]) for row in found.values()])
+    text = head_line("accuracy, strict", found)
+    text += line("pairs / prompts", [f"{row['n']} / {row['groups']}" for row in ours])
+    text += line("K in the five folds", [ks_of(row) for row in ours])
+    for name in METHODS:
+        cells = []
+        for row in found.values():
+            of = row["accuracy"].get(name)
+            cells.append(accuracy_cell(of) if of else "–")
+        text += line(spoken(name), cells)
     return text
+
+
+def accuracy_cell(row):
+    """.794 [.736, .847], and the share of ties where it is not small."""
+    ties = f", {row['ties']:.0%} ties" if row["ties"] > 0.005 else ""
+    return f"{number(row['accuracy'])} [{number(row['low'])}, {number(row['high'])}]{ties}"
+
+
+def ks_of(row):
+    """The values of K that the folds chose: 16 to 64."""
+    ks = sorted({choice[0] for choice in row["choices"]})
+    return str(ks[0]) if len(ks) == 1 else f"{ks[0]} to {ks[-1]}"
+
+
+def gap_cell(row):
+    """A difference with its interval, bold where it is clear of 0."""
+    if row["low"] is None:
+        return f"{number(row['mean'], True)} (cannot tell)"
+    text = (f"{number(row['mean'], True)} [{number(row['low'], True)}, "
+            f"{number(row['high'], True)}]")
+    return f"**{text}**" if is_clear(row) else text
 
 
 def differences_table(found):
-    """SparseRM minus each control, a column each set."""
+    """SparseRM minus each control, a column a set."""
     text = head_line("SparseRM minus", found)
-    for name in NAMES[1:]:
-        text += line(spoken(name), [difference(row["differences"][name]) for row in found.values()])
+    for name in METHODS[1:]:
+        cells = [gap_cell(row["differences"][name]) if name in row["differences"] else "–"
+                 for row in found.values()]
+        text += line(spoken(name), cells)
     return text
 
 
-def k_table(found):
-    """SparseRM minus random directions with K fixed, a column each set."""
-    text = head_line("minus random directions, at K =", found)
-    for k in ("1", "2", "4", "8", "16", "32", "64", "128"):
+def k_table(found, control="random_directions"):
+    """SparseRM minus a control with K fixed, a column a set."""
+    text = head_line(f"minus {spoken(control)}, at K =", found)
+    for k in KS:
         cells = []
         for row in found.values():
-            curve = row["curves"]["k"]["random_directions"]
-            cells.append(difference(curve[k]["behind"]) if k in curve else "–")
+            curve = row["curves"]["k"].get(control, {})
+            cells.append(gap_cell(curve[k]["behind"]) if k in curve else "–")
         text += line(k, cells)
     return text
 
 
-def other_tables(found):
-    """The figures → markdown: every head on every set, and who wins there."""
-    text = head_line("trained on ↓, tested on →", found)
-    for name, row in found.items():
-        on = {**row["other"], name: row["accuracy"]["sparserm"]}
-        text += line(name, [interval(on[other]) for other in found])
-
-    across = []
-    for row in found.values():
-        across += row["other"].values()
-    if all("controls" in couple for couple in across):
-        text += "\n" + couples_table(across)
+def rules_table(found):
+    """Both token rules side by side: accuracy of SparseRM, the dense head and the paper's head."""
+    names = list(found["mean"])
+    text = head_line("accuracy, `last` → `mean`", names)
+    for method in ("sparserm", "dense", "paper", "random_directions"):
+        cells = []
+        for name in names:
+            last, mean = [found[rule][name]["accuracy"][method]["accuracy"]
+                          for rule in ("last", "mean")]
+            cells.append(f"{number(last)} → {number(mean)}")
+        text += line(spoken(method), cells)
+    for k in ("1", "4", "16"):
+        cells = []
+        for name in names:
+            gaps = [found[rule][name]["curves"]["k"]["random_directions"].get(k)
+                    for rule in ("last", "mean")]
+            cells.append(" → ".join(gap_cell(gap["behind"]) if gap else "–" for gap in gaps))
+        text += line(f"SparseRM − random directions, K = {k}", cells)
     return text
 
 
-def couples_table(across):
-    """On how many couples of two sets SparseRM is clearly better or worse than each control."""
-    text = head_line(f"of {len(across)} couples", ("SparseRM better", "not told apart", "worse"))
-    for name in NAMES[1:]:
-        behind = [couple["controls"][name]["behind"] for couple in across]
-        better = sum(gap["low"] > 0 for gap in behind)
-        worse = sum(gap["high"] < 0 for gap in behind)
-        counts = (better, len(behind) - better - worse, worse)
-        text += line(f"than {spoken(name)}", [str(count) for count in counts])
-    return text
+def tables(found):
+    """The figures → markdown."""
+    mean = found["mean"]
+    return "\n".join([accuracy_table(mean), differences_table(mean), k_table(mean),
+                      k_table(mean, "picked_directions"), rules_table(found)])
 
 
-def spoken(name):
-    """random_latents → random latents."""
-    return name.replace("_", " ")
+# ---------------------------------------------------------------- in words
+
+def claims(found):
+    """What the figures say → markdown list; each sentence is made from them."""
+    mean = found["mean"]
+    lines = [*claims_about_k(mean), *claims_about_controls(mean), claim_about_blind(mean)]
+    return "".join(f"* {text}\n" for text in lines)
+
+
+def listed(names):
+    """A, B and C; or: no set."""
+    names = list(names)
+    if not names:
+        return "no set"
+    if len(names) == 1:
+        return names[0]
+    return f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def clear_ks(row, control):
+    """The values of K at which SparseRM is clearly above a control."""
+    curve = row["curves"]["k"].get(control, {})
+    return [k for k in KS if k in curve and is_clear(curve[k]["behind"]) > 0]
+
+
+def claims_about_k(mean):
+    """With how many directions the SAE's choice shows."""
+    by_set = {name: clear_ks(row, "random_directions") for name, row in mean.items()}
+    some = {name: ks for name, ks in by_set.items() if any(int(k) <= 16 for k in ks)}
+    parts = [f"{name} (K = {', '.join(ks)})" for name, ks in some.items()]
+    yield ("**With few directions the SAE's choice matters.** At some K up to 16 it is clearly "
+           "above random "
+           f"directions on {len(some)} of {len(mean)} sets: {listed(parts)}.")
+    at_most = [name for name, row in mean.items() if clear_ks(row, "picked_directions")]
+    behind = [name for name, row in mean.items()
+              if any(is_clear(cell["behind"]) < 0
+                     for cell in row["curves"]["k"].get("picked_directions", {}).values())]
+    yield ("**Random directions that may choose are a strong control.** Picked by the labels out "
+           "of "
+           f"16,384, at fixed K they are clearly behind SparseRM somewhere on {listed(at_most)}, "
+           "and "
+           f"clearly ahead somewhere on {listed(behind)}. What the SAE adds for sure is a name.")
+
+
+SPOKEN = {"dense": "A dense head on all of z", "paper": "The paper's own head",
+          "random_directions": "With K chosen, random directions",
+          "activations": "The SAE's activations instead of the projection",
+          "difference_of_means": "One direction, the difference of means,", "words": "The wording "
+                                                                                     "alone"}
+
+
+def claims_about_controls(mean):
+    """Where each control is clearly ahead of SparseRM, and where clearly behind."""
+    for control, subject in SPOKEN.items():
+        ahead = [name for name, row in mean.items() if is_clear(row["differences"][control]) < 0]
+        behind = [name for name, row in mean.items() if is_clear(row["differences"][control]) > 0]
+        verb = "are" if control in ("activations", "random_directions") else "is"
+        yield (f"{subject} {verb} clearly ahead on {listed(ahead)}, clearly behind on "
+               f"{listed(behind)}, "
+               "no measurable difference elsewhere.")
+
+
+def claim_about_blind(mean):
+    """What the answer alone gives away."""
+    parts = []
+    for name, row in mean.items():
+        blind = row["accuracy"]["blind"]["accuracy"]
+        parts.append(f"{name} {number(blind)}")
+    return f"The answer without its question (`blind`): {', '.join(parts)}."
 
 
 def draw(found, path):
-    """The K curve of the first set → PNG file."""
-    name, first = next(iter(found.items()))
-    shown = ("sparserm", "random_directions", "activations", "dense")
-    curve = {control: first["curves"]["k"][control] for control in shown}
-    report.picture(path, report.curve_plot, curve, f"K, directions a side ({name})")
+    """The K curve of `safe` → PNG file."""
+    curve = found["mean"]["safe"]["curves"]["k"]
+    report.picture(path, report.curve_plot, curve, "K, directions a side (safe)")
 
 
 # ---------------------------------------------------------------- command line
@@ -140,14 +243,13 @@ def main():
     p.add_argument("sets", nargs="*", metavar="NAME=FILE")
     p.add_argument("--model", default="demo")
     p.add_argument("--layer", type=int, default=16)
-    p.add_argument("--token", default="last")
+    p.add_argument("--max-length", type=int, default=2048)
     p.add_argument("--sae", default=str(DEMO_SAE))
-    p.add_argument("--sweeps", choices=("small", "full"), default="full")
     p.add_argument("--out", default="runs/does-it-hold")
     p.add_argument("--write", action="store_true")
     p.add_argument("--tables", action="store_true")
     p.add_argument("--picture", metavar="PNG",
-                   help="with --tables: draw the K curve of the first set, as in the README")
+                   help="draw the K curve of the set `safe`, as in the README")
     args = p.parse_args()
     sets = common.named_sets(args.sets)
     if not args.tables and not sets:
@@ -158,7 +260,8 @@ def main():
         common.write_result("does_it_hold", found, sort_keys=False)
     if args.picture:
         draw(found, args.picture)
-    print(tables(found), other_tables(found), sep="\n")
+    print(tables(found))
+    print(claims(found))
 
 
 if __name__ == "__main__":

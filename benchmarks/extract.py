@@ -191,8 +191,10 @@ def run_peer(forward, batches):
 def ours(backbone, texts, layer):
     """Stage 1, a shard at a time → [n, d]."""
     shard = 2 * stage1.SHARD_PAIRS
-    parts = [stage1.residuals(backbone, texts[start:start + shard], [layer], "last")[0]
-             for start in range(0, len(texts), shard)]
+    parts = []
+    for start in range(0, len(texts), shard):
+        some = texts[start:start + shard]
+        parts.append(stage1.residuals(backbone, some, [layer], ["last"])[layer, "last"])
     return torch.cat(parts)
 
 

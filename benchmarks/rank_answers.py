@@ -108,7 +108,7 @@ def main():
     """The command."""
     p = common.command_line(__doc__)
     p.add_argument("--questions", required=True)
-    p.add_argument("--reward", default="runs/demo/reward_head.safetensors")
+    p.add_argument("--reward", required=True, help="reward_head.safetensors of stage 3")
     p.add_argument("--write", action="store_true", help="into benchmarks/results/rank_answers.json")
     args = p.parse_args()
     seed = int(read_meta(args.reward, "03_train_head.py")["seed"])

@@ -6,32 +6,29 @@ the same pairs, the same tokens.
 
 Texts longer than --max-length are cut for all alike: the response at its end (the prompt keeps at
 most half), then the prompt at its beginning. Splits are those of stage 1. Everything is fitted on
-train; when to stop, the temperature and what a line below says, on dev.
+the train pairs alone: the frozen methods choose by cross-validation over five folds of these; dev
+only gives every method its temperature, and full and lora their learning rate. The frozen methods
+read the mean over the response's tokens at block L:
 
-    sparserm        stages 1 to 3 with their defaults (but for --patience 100, as for the other
-                    heads): dev chooses K
-    searched        the same scores, where dev chooses K, L2 and the learning rate, as for the dense
-                    head
-    full            TRL's RewardTrainer, all weights and a scalar head on the last block, --epochs
-                    epochs
+    sparserm        stages 1 to 3 with their defaults: a linear head, K and L2 by cross-validation
+    paper           the paper's head: an MLP of 512 with the margin loss on all K = 128 directions
+    dense           a linear Bradley-Terry head on z, the vector that SparseRM projects
+    mlp             z, 512 hidden units, a scalar: two layers with Bradley-Terry
+    full            TRL's RewardTrainer, all weights and a scalar head on the last block's last
+                    token, --epochs epochs
     lora            the same with PEFT: rank 16 on every matrix of the blocks, and the scalar head
-    dense           a linear Bradley-Terry head on z, the vector that SparseRM projects; dev: L2,
-                    learning rate
-    dense_last      the same head on the last block's output after the final norm, where the
-                    fine-tuned models have theirs
-    mlp             z, 512 hidden units, a scalar: two layers; dev: L2, learning rate
-    swift           like SWIFT (arXiv 2505.12225): every response token gets a reward and a gate,
-                    both linear; the gated mean. Of one layer here, of all in the paper; dev: L2. It
-                    stops after 20 epochs without a gain
-    words           1- and 2-grams of the response
-    likelihood      the backbone's own log-likelihood of the response; sum or mean a token, by dev
 
 full and lora try every learning rate on --search-pairs train pairs with one seed (0: the rate that
 won on the first set); the one with the lowest dev NLL trains on all with --seeds seeds. Their
 number of epochs is not searched, and they do not stop early. A job (one fit) is a process of its
 own with --threads threads. Seconds are processor time of training alone (for a frozen backbone: of
-reading train and dev, and of fitting, the search included; for full and lora without the search).
+reading train, and of fitting, the search included; for full and lora without the search).
 Finished jobs lie in --out/jobs and are not run again.
+
+--frozen-only runs the frozen methods alone. The rows of full and lora then are those of the results
+file, where a run there has the same numbers of pairs and the settings that decide which; as their
+single rewards are not kept there, SparseRM minus them gets the interval of two independent
+accuracies (square-and-add), which is too wide rather than too narrow.
 """
 
 import argparse
@@ -48,15 +45,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import common
 from benchmarks import reward_models_peers as peers
 from benchmarks import reward_models_tables as tables
-from benchmarks.common import DEMO_SAE, pairs_by_split, stage1
+from benchmarks.common import DEMO_SAE, stage1
 from benchmarks.reward_models_tables import headline, table
 from parts.files import UserError, file_hash, read_meta, run_main, write_rows, write_text
-from parts.models import load_config, load_tokenizer
+from parts.models import load_tokenizer
 
-FROZEN_JOBS = ("heads", "tokens")
 RATES = {"full": (1e-5, 3e-5, 1e-4), "lora": (1e-4, 3e-4, 1e-3)}
 SAME = ("model", "layer", "sae", "max_length", "epochs", "threads", "dev_pairs", "test_pairs",
         "other_pairs")                                          # in one --out folder
+PREPARED = 2                # of what lies in --out: another number, another version
 QUICK = {"train_pairs": [60], "search_pairs": [24], "seeds": [1], "curve": [], "dev_pairs": 40,
          "test_pairs": 40}
 
@@ -87,26 +84,36 @@ def cut_rows(file, args):
 
 
 def prepare(file, run, train_pairs, args):
-    """A file of pairs → run/cut.jsonl with `train_pairs` train pairs, and stages 1 to 3 on it."""
+    """A file of pairs → stages 1 to 3 on `train_pairs` train pairs of it in `run`, and stage 1 on
+    its dev and test pairs in run/held."""
     rows = cut_rows(file, args)
     kept = []
     counts = {"train": train_pairs, "dev": args.dev_pairs, "test": args.test_pairs}
     for split, count in counts.items():
         kept += peers.some([row for row in rows if row["split"] == split], count)
-    columns = ("id", "prompt", "chosen", "rejected")
-    write_rows(run / "cut.jsonl", [{name: row[name] for name in columns} for row in kept])
+    train = [row for row in kept if row["split"] == "train"]
+    held = [row for row in kept if row["split"] != "train"]
+    write_pairs(run / "train.jsonl", train)
+    write_pairs(run / "held.jsonl", held)
 
-    top = load_config(args.model).num_hidden_layers - 1
+    read = ("--model", args.model, "--layer", args.layer, "--token", peers.RULE,
+            "--max-length", args.max_length)
     stages = [
-        ("01_extract.py", "--pairs", run / "cut.jsonl", "--model", args.model,
-         "--layer", args.layer, top, "--max-length", args.max_length),
-        ("02_select_features.py", "--sae", args.sae, "--layer", args.layer),
-        ("03_train_head.py", "--patience", peers.PATIENCE),
+        ("01_extract.py", run, "--pairs", run / "train.jsonl", "--split", "1,0,0", *read),
+        ("01_extract.py", run / peers.HELD, "--pairs", run / "held.jsonl", *read),
+        ("02_select_features.py", run, "--sae", args.sae),
+        ("03_train_head.py", run),
     ]
-    measured = [common.run_script(script, "--run", run, *flags) for script, *flags in stages]
+    measured = [common.run_script(script, "--run", of, *flags) for script, of, *flags in stages]
     done = {"peak_gib": max(stage["peak_gib"] for stage in measured),
             "cut": sum(row["cut"] for row in kept), "texts": 2 * len(kept)}
     write_text(run / "prepared.json", json.dumps(done) + "\n")
+
+
+def write_pairs(path, rows):
+    """Rows → a file for --pairs."""
+    columns = ("id", "prompt", "chosen", "rejected")
+    write_rows(path, [{name: row[name] for name in columns} for row in rows])
 
 
 # ---------------------------------------------------------------- jobs
@@ -138,8 +145,6 @@ def run_job(job):
     """The work of one job, in its own process."""
     if job["method"] == "heads":
         found = peers.run_heads(job)
-    elif job["method"] == "tokens":
-        found = peers.run_tokens(job)
     else:
         row = peers.run_peer(job)
         row["peak_gib"] = common.peak_mb() / 1024
@@ -211,6 +216,7 @@ class Settings:
         self.args = plan.args
         self.path = Path(plan.args.out) / "settings.json"
         self.now = {name: getattr(plan.args, name) for name in SAME}
+        self.now["prepared"] = PREPARED
         self.now["sets"] = {name: file_hash(file) for name, file in plan.files.items()}
         if self.path.exists() and json.loads(self.path.read_text("utf-8")) != self.now:
             raise UserError(f"its jobs were made with other settings or data · {self.path} · "
@@ -232,10 +238,9 @@ def all_jobs(plan):
     def submit(name, n, method, **more):
         return pool.submit(do, plan.job(name, n, method, **more), plan.args)
     try:
-        frozen = {key: [submit(*key, method) for method in FROZEN_JOBS] for key in plan.runs}
+        frozen = {key: submit(*key, "heads") for key in plan.runs}
         trials = submit_trials(plan, submit)
-        for jobs in frozen.values():
-            settle(jobs)
+        settle(frozen.values())
         settle(trials.values())
         rates = best_rates(plan, trials)
         final = submit_final(plan, submit, rates)
@@ -244,10 +249,9 @@ def all_jobs(plan):
         pool.shutdown(cancel_futures=True)      # Ctrl-C or a failed job: the waiting do not start
 
     found = {}
-    for key, jobs in frozen.items():
-        results = [job.result() for job in jobs]
-        if all(results):
-            found[key] = frozen_rows(*results, pairs_by_split(plan.runs[key]))
+    for key, job in frozen.items():
+        if job.result():
+            found[key] = frozen_rows(job.result(), peers.pairs_of_run(plan.runs[key]))
     for (name, n, method, _), job in final.items():
         if job.result() and (name, n) in found:
             found[name, n].setdefault(method, []).append(job.result()[method])
@@ -263,7 +267,7 @@ def settle(jobs):
 def submit_trials(plan, submit):
     """The search for the learning rates of full and lora → {(set, method, rate): job}."""
     trials = {}
-    if plan.args.frozen:
+    if plan.args.frozen_only:
         return trials
     for name in plan.sets():
         if not plan.search[name]:
@@ -314,22 +318,18 @@ def submit_final(plan, submit, rates):
             for seed, _, name, n, method in wanted}
 
 
-def frozen_rows(heads, tokens, pairs):
-    """The results of the two frozen jobs of a run → {method: [its results]}: what it takes to read
-    train and dev comes to the fit."""
-    rate = tokens["rate"]
-    texts = 2 * len(pairs["train"] + pairs["dev"])
+def frozen_rows(heads, pairs):
+    """The results of the frozen job of a run → {method: [its results]}: what it takes to read
+    train comes to the fit."""
     rows = {}
-    for name, row in (heads | tokens).items():
+    texts = 2 * len(pairs["train"])
+    for name, row in heads.items():
         if name == "rate":
             continue
-        read = 0.0
-        if row["place"] and row["trained"]:
-            read = texts / rate[row["place"]]
-        row["seconds"] = row["fit_seconds"] + read if row["trained"] else 0.0
-        row["texts_a_second"] = rate.get(row["place"])
+        row["seconds"] = row["fit_seconds"] + texts / heads["rate"]
+        row["texts_a_second"] = heads["rate"]
         if "padded" in row:
-            row["seconds_padded"] = row["fit_seconds"] + read * rate[peers.TO_L] / row["padded"]
+            row["seconds_padded"] = row["fit_seconds"] + texts / row["padded"]
         rows[name] = [row]
     return rows
 
@@ -342,9 +342,12 @@ def figures(plan, found, rates):
     settings |= {"model": Path(args.model).name, "sae": Path(args.sae).name, "rates": RATES,
                  "torch": torch.__version__}
     head = next(iter(plan.runs.values())) / "reward_head.safetensors"
-    return {"settings": settings, "rates": rates,
-            "backbone_parameters": read_meta(head)["parameters"],
-            "sets": tables.figures_of_sets(found, plan.runs)}
+    result = {"settings": settings, "rates": rates,
+              "backbone_parameters": read_meta(head)["parameters"],
+              "sets": tables.figures_of_sets(found, plan.runs)}
+    if args.frozen_only:
+        tables.add_fine_tuned(result, common.read_result("reward_models"))
+    return result
 
 
 # ---------------------------------------------------------------- command line
@@ -373,7 +376,8 @@ def parse_args():
     p.add_argument("--threads", type=int, default=1, help="of a job (default 1)")
     p.add_argument("--workers", type=int, default=2, help="jobs at once (default 2)")
     p.add_argument("--out", default="runs/reward-models")
-    p.add_argument("--frozen", action="store_true", help="without full and lora")
+    p.add_argument("--frozen-only", action="store_true",
+                   help="run the frozen methods only; full and lora are those of the results file")
     p.add_argument("--finished", action="store_true",
                    help="run nothing: the figures of the jobs that are done")
     p.add_argument("--quick", action="store_true",
@@ -390,7 +394,7 @@ def parse_args():
         p.error("name the sets: NAME=FILE …")
     if args.search_pairs[0] == 0 and any(args.search_pairs):
         p.error("the first set needs --search-pairs: others take its learning rate")
-    args.frozen |= not any(args.search_pairs)
+    args.frozen_only |= not any(args.search_pairs)
     if args.quick and args.write:
         p.error("--quick is to see it work: nothing is written")
     if args.quick:

@@ -1,6 +1,7 @@
 """The results of reward_models.py → its figures, and those → markdown."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,27 +10,28 @@ import torch.nn.functional as F
 
 from benchmarks.common import (
     difference,
+    gap_interval,
     half,
     head_line,
     line,
-    pairs_by_split,
+    mean_interval,
     stage3,
     without_zeros,
 )
-from parts.statistics import gap, summary
+from benchmarks.reward_models_peers import pairs_of_run
+from parts.statistics import points
 
 NAMES = {
     "sparserm": "SparseRM",
-    "searched": "SparseRM, L2 and rate by dev",
+    "paper": "the paper's head (MLP, margin)",
     "full": "full fine-tuning (TRL)",
     "lora": "LoRA (TRL, PEFT)",
-    "dense": "dense head, block L",
-    "dense_last": "dense head, last block",
+    "dense": "dense head on z",
     "mlp": "2-layer MLP on z",
-    "swift": "SWIFT-style, block L",
-    "words": "words",
-    "likelihood": "log-likelihood",
 }
+FINE_TUNED = ("full", "lora")
+DECIDE = ("model", "layer", "max_length", "train_pairs", "dev_pairs", "test_pairs", "curve",
+          "other_pairs")            # the settings that decide which pairs a run has
 
 
 # ---------------------------------------------------------------- results → figures
@@ -46,7 +48,7 @@ def temperature_of(row):
 
 def figures_of_sets(found, runs):
     """The results of all jobs {(set, n): {method: [of each seed]}} → {set: {n: figures}}."""
-    pairs = {key: pairs_by_split(run) for key, run in runs.items()}
+    pairs = {key: pairs_of_run(run) for key, run in runs.items()}
     most = {}                           # train pairs of the largest run of each set
     for name, n in runs:
         most[name] = max(n, most.get(name, 0))
@@ -66,7 +68,7 @@ def figures_of_sets(found, runs):
             "cut": prepared["cut"],
             "texts": prepared["texts"],
             "k": methods["sparserm"][0]["k"],
-            "likelihood": methods["likelihood"][0]["way"],
+            "l2": methods["sparserm"][0]["l2"],
         }
     return result
 
@@ -81,7 +83,7 @@ def figures_of(name, method, seeds, sparserm, groups, others):
     first = seeds[0]
     ours = np.array([row["test"][name] for row in sparserm])
     theirs = np.array([row["test"][name] for row in seeds])
-    row = {**summary(theirs, groups), "behind": gap(ours, theirs, groups)}
+    row = {**summary(theirs, groups), "behind": behind(ours, theirs, groups)}
     row["nll"] = float(np.mean([nll(seed["test"][name], temperature_of(seed)) for seed in seeds]))
     for key in ("seconds", "trained"):
         row[key] = float(np.mean([seed[key] for seed in seeds]))
@@ -96,13 +98,85 @@ def figures_of(name, method, seeds, sparserm, groups, others):
     return row
 
 
+def summary(differences, groups):
+    """Differences of each seed [seeds, n] → accuracy, low, high (a tie is wrong); with a tie as
+    half: ties_half, half_low, half_high."""
+    right = (differences > 0).astype(float)
+    strict = mean_interval(right, groups)
+    with_halves = mean_interval(points(differences), groups)
+    return {
+        "accuracy": strict["mean"],
+        "low": strict["low"],
+        "high": strict["high"],
+        "ties": float((differences == 0).mean()),
+        "ties_half": with_halves["mean"],
+        "half_low": with_halves["low"],
+        "half_high": with_halves["high"],
+        "n": len(groups),
+        "groups": len(np.unique(groups)),
+        "seeds": right.mean(1).tolist(),
+    }
+
+
+def behind(ours, theirs, groups):
+    """SparseRM minus a method, pair by pair, [seeds, n] each → {mean, low, high}."""
+    return gap_interval(points(ours) - points(theirs), groups)
+
+
 def on_other_sets(theirs, ours, groups):
     """The first seed on the test pairs of the other sets together → its row."""
     def pooled(row):
         return np.concatenate([row["test"][other] for other in groups])[None]
     where = np.concatenate([of[:len(theirs["test"][other])] for other, of in groups.items()])
     return {**summary(pooled(theirs), where), "names": list(groups),
-            "behind": gap(pooled(ours), pooled(theirs), where)}
+            "behind": behind(pooled(ours), pooled(theirs), where)}
+
+
+# ---------------------------------------------------------------- rows that are not measured again
+
+def add_fine_tuned(found, stored):
+    """Into the figures of --frozen-only: the rows of full and lora of an earlier results file, in
+    runs with the same pairs."""
+    before = stored.get("settings", {})
+    before = before.get("fine_tuned", before)
+    others = [name for name in DECIDE if before.get(name) != found["settings"][name]]
+    if others:
+        print(f"note: no rows of full and lora: the results file has another {', '.join(others)}",
+              file=sys.stderr)
+        return
+    found["settings"]["fine_tuned"] = before
+    found["rates"] = stored["rates"]
+    for name, sizes in found["sets"].items():
+        for n, run in sizes.items():
+            earlier = stored["sets"].get(name, {}).get(n, {"pairs": None, "methods": {}})
+            if earlier["pairs"] != run["pairs"]:
+                continue
+            for method in FINE_TUNED:
+                if method in earlier["methods"]:
+                    row = earlier["methods"][method]
+                    run["methods"][method] = compared(run["methods"]["sparserm"], row)
+
+
+def compared(ours, row):
+    """A stored row with SparseRM minus it, of two accuracies on the same pairs."""
+    row = {**row, "behind": not_paired(ours, row)}
+    others = row.pop("others", None)
+    of_ours = ours.get("others", {})
+    if others and all(of_ours.get(key) == others[key] for key in ("names", "n", "groups")):
+        row["others"] = {**others, "behind": not_paired(of_ours, others)}
+    return row
+
+
+def not_paired(ours, theirs):
+    """The difference of two accuracies, its interval as if they were independent: from the
+    distance of each to its own limits, squared and added (Newcombe, 1998)."""
+    up, down = [], []
+    for row, above, below in ((ours, up, down), (theirs, down, up)):
+        above.append(row["half_high"] - row["ties_half"])
+        below.append(row["ties_half"] - row["half_low"])
+    mean = ours["ties_half"] - theirs["ties_half"]
+    return {"mean": mean, "low": mean - float(np.hypot(*down)),
+            "high": mean + float(np.hypot(*up)), "paired": False}
 
 
 # ---------------------------------------------------------------- figures → markdown
@@ -148,14 +222,14 @@ def seeds_of(row):
 def cells_of(method, row, backbone_parameters):
     """The cells of COLUMNS."""
     other = row.get("others")
-    behind, behind_there = "–", "–"
+    gap, gap_there = "–", "–"
     if method != "sparserm":
-        behind = difference(row["behind"])
-        behind_there = difference(other["behind"]) if other else "–"
+        gap = difference(row["behind"])
+        gap_there = difference(other["behind"]) if other else "–"
     trained = "0"
     if row["trained"]:
         trained = f"{row['trained']:,.0f} ({share(row, backbone_parameters)})"
-    return [half(row), behind, f"{row['nll']:.3f}", half(other) if other else "–", behind_there,
+    return [half(row), gap, f"{row['nll']:.3f}", half(other) if other else "–", gap_there,
             trained, number(row["seconds"], ",.0f"), number(row["texts_a_second"], ".1f"),
             number(row["peak_gib"], ".1f")]
 

@@ -32,14 +32,15 @@ def make_run(run, pairs, sae):
         for n in range(pairs):
             row = {"id": str(n), "prompt": f"p{n}", "chosen": "a", "rejected": "b"}
             file.write(json.dumps(row) + "\n")
-    meta = {"stage": "extract", "layer": 16, "token": "last", "model": "demo",
-            "parameters": 134515008, "parent": {"pairs": file_hash(run / "pairs.jsonl")}}
+    meta = {"stage": "extract", "layer": 16, "token": "mean", "model": "demo",
+            "parameters": 134515008, "norm_eps": 1e-5,
+            "parent": {"pairs": file_hash(run / "pairs.jsonl")}}
 
     generator = torch.Generator().manual_seed(0)
     for n in range(count):
         place = torch.arange(n * size, min(pairs, (n + 1) * size))
         tensors = random_shard(sae, place, generator)
-        save_stage(stage1.shard_path(run, 16, n, count), tensors, meta)
+        save_stage(stage1.shard_path(run, 16, "mean", n, count), tensors, meta)
 
 
 def random_shard(sae, place, generator):

@@ -1,81 +1,86 @@
 """Wider sweeps than stage 4 makes: loss × head on a finished run, and layers × token rules of a
 backbone.
 
-    python benchmarks/sweeps.py heads --run runs/demo
+    python benchmarks/sweeps.py heads --run runs/demo-safe
     python benchmarks/sweeps.py layers --model demo --pairs data/safe.jsonl \\
         --layers 10 14 16 18 22 --tokens last content mean
 
-heads: every head gets the same search over K on dev and is read once on test; differences to linear
-Bradley-Terry are paired.
+heads: every loss with a linear head and with the paper's MLP, tested on every pair by the five
+folds of stage 4; a linear head gets its search over K and L2, an MLP takes all directions.
+Differences to linear Bradley-Terry are paired.
 layers: a dense head on z needs no SAE, so it says how much of the preference a layer and a token
-hold at all; measured on dev and train only, five folds by prompt, so that a choice made from it has
-not seen the test split.
+rule hold at all; five folds over the train and dev pairs, so that a choice made from it has not
+seen the test split.
 """
 
 import sys
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import common
 from benchmarks.common import printed_interval, stage1, stage2, stage3, stage4
-from parts.files import load_stage, run_main
+from parts.files import run_main
 from parts.statistics import gap, summary
+
+LOSSES = ("bt", "margin", "bce")
 
 
 def heads(args):
-    """Loss × head on the features of a run → {both: summary, difference to linear bt, K}."""
-    t, meta = load_stage(Path(args.run) / "features.safetensors", "02_select_features.py")
-    chosen, rejected = stage3.standardised(t)
-    test = t["split"] == stage4.TEST
-    groups = t["group"][test].numpy()
-    options = stage3.k_options(meta["k"])
+    """Loss × head on a run → {both: summary, choices of each fold, difference to linear bt}."""
+    data = stage4.Data(args.run, args.name, args.sae)
+    data.asked = {**data.asked, "k": "auto", "l2": "auto"}      # however its own head was made
+    outcomes = {}
+    for kind, method in {"linear": linear, "mlp": mlp}.items():
+        for loss in LOSSES:
+            outcomes[f"{kind} {loss}"] = method(data, loss)
 
     found = {}
-    differences = {}
-    for kind in ("linear", "mlp"):
-        for loss in ("bt", "margin", "bce"):
-            name = f"{kind} {loss}"
-            settings = {**stage3.DEFAULTS, "kind": kind, "loss": loss}
-            fitted = stage4.fit_control(chosen, rejected, t["split"], options, settings,
-                                        range(args.seeds), scale=False)
-            differences[name] = fitted.differences(chosen[test], rejected[test])[None]
-            found[name] = {**summary(differences[name], groups), "k": fitted.choice}
-
-    for name, row in found.items():
-        behind = gap(differences[name], differences["linear bt"], groups)
-        row["minus_linear_bt"] = behind
-        print(f"{name:<16} {printed_interval(row, 'accuracy')}   K {row['k']:<4} minus linear bt "
-              f"{printed_interval(behind, sign='+')}")
+    ours = outcomes["linear bt"].differences
+    for name, outcome in outcomes.items():
+        row = summary(outcome.differences, data.group)
+        behind = gap(outcome.differences, ours, data.group)
+        found[name] = {**row, "choices": outcome.choices, "minus_linear_bt": behind}
+        print(f"{name:<16} {printed_interval(row, 'accuracy')}   K {ks_of(outcome):<9} "
+              f"minus linear bt {printed_interval(behind, sign='+')}")
     return found
+
+
+def linear(data, loss):
+    """A linear head with a loss, K and L2 chosen within the folds → Outcome."""
+    data.settings = {**stage3.DEFAULTS, "kind": "linear", "loss": loss}
+    return stage4.sparserm(data)
+
+
+def mlp(data, loss):
+    """The paper's MLP with a loss, on all directions → Outcome."""
+    settings = {**stage3.DEFAULTS, "kind": "mlp", "loss": loss}
+    selections = {left_out: data.selected(left_out) for left_out in data.left_outs()}
+    select = stage4.select_by(data, selections, stage4.project_on(data))
+    return stage4.mlp_out_of_fold(data, select, data.total, settings, stage3.MLP_L2)
+
+
+def ks_of(outcome):
+    """The values of K that the folds chose: 16 to 64."""
+    ks = sorted({k for k, _ in outcome.choices})
+    return str(ks[0]) if len(ks) == 1 else f"{ks[0]} to {ks[-1]}"
 
 
 def layers(args):
     """Dense head on every layer and token rule → {token: {layer: summary}}."""
-    found = {}
+    common.run_script("01_extract.py", "--model", args.model, "--pairs", args.pairs,
+                      "--token", *args.tokens, "--layer", *args.layers, "--run", args.out)
+    found = {token: {} for token in args.tokens}
     for token in args.tokens:
-        run = Path(args.out) / token
-        common.run_script("01_extract.py", "--model", args.model, "--pairs", args.pairs,
-                          "--token", token, "--run", run, "--layer", *args.layers)
-        found[token] = {}
         for layer in args.layers:
-            paths, _ = stage2.shard_files(run, layer)
-            row = dense_on_folds(stage4.Pairs(**stage4.read_pairs(run, paths)))
+            paths, meta = stage2.shard_files(args.out, layer, token)
+            read = stage4.read_pairs(args.out, paths, {**meta, "normalise": "none"})
+            pairs = stage4.Pairs(**read)
+            seen = pairs.part(pairs.split != stage4.TEST)
+            row = summary(common.dense_out_of_fold(seen).differences, seen.group)
             found[token][str(layer)] = row
             print(f"{token:<8} layer {layer:<3} dense {printed_interval(row, 'accuracy')}",
                   flush=True)
     return found
-
-
-def dense_on_folds(pairs):
-    """A dense head on five folds of the train and dev pairs → summary."""
-    differences = []
-    groups = []
-    for split in common.fold_splits(pairs.split, pairs.group):
-        differences.append(stage4.fit_and_test(pairs.z, split, stage4.ALL, stage3.DEFAULTS))
-        groups.append(pairs.group[(split == stage4.TEST).numpy()])
-    return summary(np.concatenate(differences)[None], np.concatenate(groups))
 
 
 def main():
@@ -83,15 +88,16 @@ def main():
     p = common.command_line(__doc__)
     sub = p.add_subparsers(dest="command", required=True)
     q = sub.add_parser("heads")
-    q.add_argument("--run", default="runs/demo")
-    q.add_argument("--seeds", type=int, default=5)
+    q.add_argument("--run", required=True, help="folder of a run with stages 1 to 3 done")
+    q.add_argument("--name", help="the features and head in RUN/NAME/")
+    q.add_argument("--sae", help="the SAE, where it is not at the place recorded by stage 2")
     r = sub.add_parser("layers")
     r.add_argument("--model", default="demo")
-    r.add_argument("--pairs", default="data/safe.jsonl")
+    r.add_argument("--pairs", required=True)
     r.add_argument("--layers", type=int, nargs="+", default=[10, 12, 14, 16, 18, 20, 22])
-    r.add_argument("--tokens", nargs="+", choices=stage1.RULES, default=["last"])
+    r.add_argument("--tokens", nargs="+", choices=stage1.RULES, default=["mean"])
     r.add_argument("--out", default="runs/sweeps",
-                   help="folder of the extracted runs (default runs/sweeps)")
+                   help="folder of the extracted run (default runs/sweeps)")
     for command in (q, r):
         command.add_argument("--json", help="also write the figures here")
     args = p.parse_args()

@@ -1,5 +1,7 @@
-"""Prompt and response → token ids, through the tokenizer's own chat template: the one path, for
-training and for scoring."""
+"""Prompt and response → token ids, through the tokenizer's own chat template.
+
+The one path, for training and for scoring.
+"""
 
 import functools
 import os
@@ -13,11 +15,10 @@ from parts.files import UserError
 
 PLAIN_TEMPLATE = (
     "{% for m in messages %}{% if loop.first %}{{ bos_token or '' }}{% endif %}"
-    "{{ m['role'] | capitalize }}: {{ m['content'] }}{{ (eos_token or '') if m['role'] == "
-    "'assistant' }}\n\n"
+    "{{ m['role'] | capitalize }}: {{ m['content'] }}"
+    "{{ (eos_token or '') if m['role'] == 'assistant' }}\n\n"
     "{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}")
-# of templates that print a date: the same text has to give the same tokens tomorrow
-TODAY = "26 Jul 2024"
+TODAY = "26 Jul 2024"   # for templates that print a date: a text has to give the same ids tomorrow
 
 
 @dataclass
@@ -32,19 +33,17 @@ class Text:
 # ---------------------------------------------------------------- one conversation → token ids
 
 def render(tokenizer, prompt, response, max_length=None):
-    """Prompt (str or messages) + response → Text. The one path to token ids, for training and for
-    scoring.
+    """Prompt (str or messages) + response → Text. The one path to token ids.
 
     Equal to apply_chat_template(messages, add_generation_prompt=False): the template alone adds
     BOS. Control tokens typed into a text do not act as such. Longer than max_length: whole turns of
     the prompt are cut from the left, then its words; never the response (then: UserError).
     """
-    is_prompt = isinstance(prompt,
-                           str) or (isinstance(prompt, (list, tuple)) and is_conversation(prompt))
+    is_list = isinstance(prompt, (list, tuple))
+    is_prompt = is_conversation(prompt) if is_list else isinstance(prompt, str)
     if not is_prompt or not isinstance(response, str):
         raise TypeError("a prompt is a text or a list of {role, content}, a response is a text; "
-                        "these are "
-                        f"{type(prompt).__name__} and {type(response).__name__}")
+                        f"these are {type(prompt).__name__} and {type(response).__name__}")
     turns = clean_turns(tokenizer, prompt)
     response = without_control_tokens(tokenizer, response)
     while True:
@@ -54,14 +53,13 @@ def render(tokenizer, prompt, response, max_length=None):
             return text
         turns = cut_prompt(tokenizer, turns, excess)
         if turns is None:
-            raise UserError(f"response longer than max length · {len(text.ids)} tokens, "
-                            f"{max_length} allowed · shorten it, or "
-                            "run stage 1 with a larger --max-length")
+            raise UserError("response longer than max length · "
+                            f"{len(text.ids)} tokens, {max_length} allowed · "
+                            "shorten it, or run stage 1 with a larger --max-length")
 
 
 def prompt_ids(tokenizer, prompt):
-    """A prompt (str or messages) with the generation prompt → token ids, for sampling an answer to
-    it."""
+    """A prompt (str or messages) with the generation prompt → token ids, to sample an answer."""
     text = chat_string(tokenizer, clean_turns(tokenizer, prompt), add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -83,7 +81,7 @@ def render_turns(tokenizer, turns, response):
     start, stop = place_of_response(tokenizer, turns, full)
     encoded = tokenizer(full, add_special_tokens=False, return_offsets_mapping=True)
     ids = encoded["input_ids"]
-    offsets = encoded["offset_mapping"]  # (first character, one past the last) of each token
+    offsets = encoded["offset_mapping"]             # (first character, one past the last) a token
 
     inside = [n for n, (begin, end) in enumerate(offsets) if begin < stop and end > start]
     if inside:
@@ -94,7 +92,8 @@ def render_turns(tokenizer, turns, response):
 
     _, control_ids = control_tokens(tokenizer)
     behind = [n for n in range(last, len(ids)) if ids[n] in control_ids]
-    return Text(ids, first, last, eot=behind[0] if behind else len(ids) - 1)
+    eot = behind[0] if behind else len(ids) - 1
+    return Text(ids, first, last, eot)
 
 
 def place_of_response(tokenizer, turns, full):
@@ -116,8 +115,10 @@ def place_of_response(tokenizer, turns, full):
 
 
 def cut_prompt(tokenizer, turns, excess):
-    """Drop the oldest exchange, or the first `excess` tokens of a lone prompt → turns; None where
-    nothing is left to cut."""
+    """Drop the oldest exchange, or the first `excess` tokens of a lone prompt → turns.
+
+    None where nothing is left to cut.
+    """
     system = turns[:1] if turns[0]["role"] == "system" else []
     rest = turns[len(system):]
     if not rest:
@@ -128,8 +129,8 @@ def cut_prompt(tokenizer, turns, excess):
         return system + rest[1:] if rest[1]["role"] == "user" else None
 
     content = rest[0]["content"]
-    offsets = tokenizer(content, add_special_tokens=False,
-                        return_offsets_mapping=True)["offset_mapping"]
+    encoded = tokenizer(content, add_special_tokens=False, return_offsets_mapping=True)
+    offsets = encoded["offset_mapping"]
     if excess >= len(offsets):
         return None
     content = content[max(1, offsets[excess][0]):]
@@ -140,8 +141,10 @@ def cut_prompt(tokenizer, turns, excess):
 # ---------------------------------------------------------------- the chat template
 
 def chat_string(tokenizer, messages, **kwargs):
-    """The chat template's text. A system turn that it refuses or loses goes into the first user
-    turn; the date is pinned."""
+    """Messages → the text that the chat template makes of them; the date is pinned.
+
+    A system turn that it refuses or loses goes into the first user turn.
+    """
     from jinja2.exceptions import TemplateError
     can_fold = [message["role"] for message in messages[:2]] == ["system", "user"]
     try:
@@ -150,7 +153,7 @@ def chat_string(tokenizer, messages, **kwargs):
         if not can_fold:
             raise
     else:
-        # Mistral's loses it unless the last turn is the user's
+        # Mistral's template loses the system turn unless the last turn is the user's
         if not can_fold or messages[0]["content"].strip() in text:
             return text
     folded = {"role": "user", "content": messages[0]["content"] + "\n\n" + messages[1]["content"]}
@@ -160,14 +163,13 @@ def chat_string(tokenizer, messages, **kwargs):
 def apply_template(tokenizer, messages, **kwargs):
     """tokenizer.apply_chat_template as text, on a fixed day."""
     pinned = "{% macro strftime_now(form) %}" + TODAY + "{% endmacro +%}"
-    return tokenizer.apply_chat_template(messages, tokenize=False,
-                                         chat_template=pinned + tokenizer.get_chat_template(),
+    template = pinned + tokenizer.get_chat_template()
+    return tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template,
                                          date_string=TODAY, **kwargs)
 
 
 def takes_system_turn(tokenizer):
-    """Does the chat template have a system turn, or does its text come in front of the first user
-    turn?"""
+    """Does the chat template have a system turn? Else its text comes before the first user turn."""
     answer = {"role": "assistant", "content": "c"}
     apart = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "b"}, answer]
     folded = [{"role": "user", "content": "Be brief.\n\nb"}, answer]
@@ -186,8 +188,7 @@ def control_tokens(tokenizer):
 
 
 def without_control_tokens(tokenizer, text):
-    """A control token typed into a text gets a space after its first character, so that it does not
-    act as one."""
+    """A control token typed into a text → with a space after its first character: it cannot act."""
     pattern, _ = control_tokens(tokenizer)
     return pattern.sub(lambda found: found[0][0] + " " + found[0][1:], text)
 
@@ -195,16 +196,19 @@ def without_control_tokens(tokenizer, text):
 def is_conversation(messages):
     """Is this list one of messages with role and content, at least one?"""
     def is_message(message):
-        return isinstance(message, dict) and isinstance(message.get("content"),
-                                                        str) and "role" in message
+        if not isinstance(message, dict):
+            return False
+        return isinstance(message.get("content"), str) and "role" in message
     return bool(messages) and all(is_message(message) for message in messages)
 
 
 # ---------------------------------------------------------------- many rendered texts
 
 class RenderedTexts:
-    """Texts in order, written to a file without a name: each is rendered once, and a million of
-    them take no memory."""
+    """Texts in order, written to a file without a name.
+
+    So each is rendered once, and a million of them take no memory.
+    """
 
     def __init__(self):
         self.file = tempfile.TemporaryFile()

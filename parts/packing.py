@@ -21,12 +21,11 @@ import torch
 
 
 def forward_passes(model, sequences, pack, budget):
-    """Token sequences → yield (inputs of the model, members) a forward pass of at most `budget`
-    tokens.
+    """Token sequences → yield (inputs of the model, members), a forward pass each.
 
-    pack: "tree" or "pad". members: (index of the sequence, places of its tokens [T]) for each
-    sequence of this pass; the places count in the hidden states [B, T, d] of the pass, flattened to
-    [B · T, d].
+    pack: "tree" or "pad". budget: tokens a pass at most. members: (index of the sequence, places of
+    its tokens [T]) for each sequence of this pass; the places count in the hidden states [B, T, d]
+    of the pass, flattened to [B · T, d].
     """
     device = model.get_input_embeddings().weight.device
     if pack == "tree":
@@ -41,17 +40,15 @@ def forward_passes(model, sequences, pack, budget):
 
 @dataclass
 class Row:
-    """One tree: `ids` and `depth` [T], who `sees` whom, bool [T, T], and `members`: (index of a
-    sequence, its nodes)."""
-    ids: np.ndarray
-    depth: np.ndarray
-    sees: np.ndarray
-    members: list
+    """One tree of T nodes."""
+    ids: np.ndarray                 # [T]
+    depth: np.ndarray               # [T]
+    sees: np.ndarray                # bool [T, T], who sees whom
+    members: list                   # (index of a sequence, its nodes)
 
 
 class GrowingRow:
-    """A tree to which sequences are added in sorted order, so that each one branches off the one
-    before."""
+    """A tree to which sequences are added in sorted order: each branches off the one before."""
 
     def __init__(self):
         self.ids = []
@@ -61,8 +58,7 @@ class GrowingRow:
         self.path = np.zeros(0, int)            # nodes of the sequence added last
 
     def add(self, index, sequence, shared):
-        """Append what the sequence does not share with the one before; `shared`: how many tokens
-        that is."""
+        """Append a sequence but for its first `shared` tokens, which the one before has too."""
         stem = self.path[:shared]
         first = len(self.ids)
         self.ids.extend(sequence[shared:])
@@ -82,13 +78,15 @@ class GrowingRow:
 
 
 def tree_rows(sequences, budget):
-    """Token sequences → yield Rows of at most `budget` nodes (a longer sequence has a row of its
-    own)."""
+    """Token sequences → yield Rows of at most `budget` nodes.
+
+    A longer sequence has a row of its own.
+    """
     row = GrowingRow()
     before = []
     for index in sorted(range(len(sequences)), key=lambda i: sequences[i]):
         sequence = sequences[index]
-        # the longest that any earlier one has: they are sorted
+        # they are sorted: no earlier one has more in common with it than the one before
         shared = common_prefix(before, sequence)
         if row.ids and len(row.ids) + len(sequence) - shared > budget:
             yield row.finish()
@@ -115,8 +113,7 @@ def tree_inputs(model, row, device):
 
 
 def attention_masks(model, row, device):
-    """Row → additive mask [1, 1, T, T]; a dictionary of two where the layers differ in kind
-    (Gemma-2 and others)."""
+    """Row → additive mask [1, 1, T, T]; a dictionary of two where layers differ (Gemma-2)."""
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or [])
@@ -134,11 +131,10 @@ def attention_masks(model, row, device):
 
 
 def additive_mask(sees, dtype):
-    """Who sees whom, bool [T, T] or [B, T, S] → what is added to the attention logits, [.., 1, T,
-    S]: 0 or the dtype's minimum.
+    """Who sees whom, bool [T, T] or [B, T, S] → what is added to the attention logits.
 
-    Additive, because eager attention adds the mask: a boolean one would pass silently and do
-    nothing.
+    [.., 1, T, S]: 0 or the dtype's minimum. Additive, because eager attention adds the mask: a
+    boolean one would pass silently and do nothing.
     """
     sees = torch.as_tensor(sees)
     if sees.dim() == 2:
@@ -150,8 +146,7 @@ def additive_mask(sees, dtype):
 # ---------------------------------------------------------------- padding
 
 def padded_batches(sequences, budget):
-    """Yield lists of indices, longest sequences first: batches of at most `budget` tokens with
-    their padding."""
+    """Yield lists of indices, longest sequences first: at most `budget` tokens with padding."""
     batch = []
     for index in sorted(range(len(sequences)), key=lambda i: -len(sequences[i])):
         if batch and len(sequences[batch[0]]) * (len(batch) + 1) > budget:
@@ -163,8 +158,10 @@ def padded_batches(sequences, budget):
 
 
 def padded_inputs(sequences, batch, device):
-    """The sequences of one batch → (keyword arguments of the model, members). Padded on the right:
-    positions stay plain."""
+    """The sequences of one batch → (keyword arguments of the model, members).
+
+    Padded on the right: positions stay plain.
+    """
     longest = len(sequences[batch[0]])
     ids = torch.zeros(len(batch), longest, dtype=torch.long)
     mask = torch.zeros(len(batch), longest, dtype=torch.long)
@@ -179,28 +176,43 @@ def padded_inputs(sequences, batch, device):
 
 # ---------------------------------------------------------------- does this model honour it
 
+LONGEST_WINDOW = 600    # a longer sliding window is not tried: the texts would cost too much
+
+
 def packing_holds(backbone):
-    """Does a tree give the same hidden states as each text alone? Tried on three short texts that
-    branch."""
+    """Does a tree give the hidden states that the model itself gives to each text alone?
+
+    Tried on three texts that branch. They are short, or reach beyond the model's sliding window.
+    """
+    config = backbone.model.config.get_text_config()
+    window = getattr(config, "sliding_window", None) or 0
+    stem_length = window if 6 < window <= LONGEST_WINDOW else 6
     generator = np.random.default_rng(0)
-    vocabulary = backbone.model.config.get_text_config().vocab_size
-    stem, *tails = (generator.integers(10, vocabulary, length).tolist() for length in (6, 4, 5, 3))
+    lengths = (stem_length, 4, 5, 3)
+    stem, *tails = [generator.integers(10, config.vocab_size, n).tolist() for n in lengths]
     sequences = [stem + tail for tail in tails]
     try:
         packed = last_states(backbone, sequences)
-    # a model that takes no such mask or positions
     except (TypeError, ValueError, RuntimeError, KeyError, IndexError):
-        return False
-    alone = torch.cat([last_states(backbone, [sequence]) for sequence in sequences])
+        return False                            # the model takes no such mask or positions
+    alone = torch.stack([last_state_alone(backbone, sequence) for sequence in sequences])
     tolerance = 1e-4 if backbone.model.dtype == torch.float32 else 3e-2
     return bool((packed - alone).norm() <= tolerance * alone.norm())
 
 
 def last_states(backbone, sequences):
-    """The last token's hidden state of each sequence after all blocks, [n, d] float32."""
+    """The last token's hidden state of each sequence after all blocks, in one tree: [n, d]."""
+    (row,) = tree_rows(sequences, budget=sum(map(len, sequences)))
+    inputs = tree_inputs(backbone.model, row, backbone.device)
+    (hidden,) = backbone.forward_to([len(backbone.blocks) - 1], **inputs)
     found = [None] * len(sequences)
-    top = len(backbone.blocks) - 1
-    for members, (hidden,) in backbone.hidden_rows(sequences, [top]):
-        for index, places in members:
-            found[index] = hidden[places[-1]].float().cpu()
+    for index, places in row.members:
+        found[index] = hidden[0, places[-1]].float().cpu()
     return torch.stack(found)
+
+
+def last_state_alone(backbone, sequence):
+    """The same of one sequence, where the model makes its own mask and positions: [d]."""
+    ids = torch.tensor([sequence], device=backbone.device)
+    (hidden,) = backbone.forward_to([len(backbone.blocks) - 1], input_ids=ids)
+    return hidden[0, -1].float().cpu()

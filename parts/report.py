@@ -11,12 +11,16 @@ import shlex
 from pathlib import Path
 
 from parts.files import moved_into_place, write_text
+from parts.statistics import is_clear
 
 TEMPLATE = Path(__file__).parent / "report.html"
-COLOURS = {"sparserm": "#2166ac", "dense": "#666666", "random_directions": "#b2182b",
-           "random_latents": "#ef8a62",
-           "activations": "#1b7837", "words": "#8073ac", "length": "#b08d57",
+COLOURS = {"sparserm": "#2166ac", "paper": "#053061", "dense": "#666666",
+           "random_directions": "#b2182b", "picked_directions": "#d6604d",
+           "picked_latents": "#e08214", "random_latents": "#ef8a62", "activations": "#1b7837",
+           "difference_of_means": "#5aae61", "principal_directions": "#9970ab",
+           "words": "#8073ac", "length": "#b08d57", "blind": "#4d9221",
            "shuffled_labels": "#999999"}
+IN_CURVE = ("sparserm", "random_directions", "picked_directions", "activations", "dense")
 SOME_TIES = 0.005       # a smaller share of ties is not worth a mark
 
 
@@ -28,7 +32,7 @@ def picture(path, draw, *what):
         import matplotlib.figure
     except ImportError:
         return None
-    figure = matplotlib.figure.Figure(figsize=(5.5, 3.2), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(5.5, 3.6), layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     draw(axes, *what)
@@ -58,7 +62,7 @@ def accuracy_plot(axes, accuracy):
             axes.plot(row["ties_half"], y, "o", color=colour, mfc="none")
     axes.axvline(0.5, color="#bbbbbb", lw=1, ls=":")
     axes.set_yticks(range(len(names)), [shown(name) for name in names])
-    axes.set_xlabel("accuracy on test pairs, 95 % interval over prompts")
+    axes.set_xlabel("accuracy out of fold, 95 % interval over prompts")
 
 
 def curve_plot(axes, curve, label):
@@ -68,24 +72,24 @@ def curve_plot(axes, curve, label):
     A tie counts half: a head that dev stopped before its first step says nothing, and is a coin,
     not always wrong.
     """
-    for name in COLOURS:
+    for name in IN_CURVE:
         if name not in curve:
             continue
         xs = sorted(int(x) for x in curve[name])
         rows = [curve[name][str(x)] for x in xs]
         colour = COLOURS[name]
         width = 2.5 if name == "sparserm" else 1.2
-        axes.plot(xs, [row["ties_half"] for row in rows], "o-", ms=4, lw=width, color=colour,
+        axes.plot(xs, [row["accuracy"] for row in rows], "o-", ms=4, lw=width, color=colour,
                   label=shown(name))
         if name in ("sparserm", "random_directions"):
-            low = [row["half_low"] for row in rows]
-            high = [row["half_high"] for row in rows]
+            low = [row["low"] for row in rows]
+            high = [row["high"] for row in rows]
             axes.fill_between(xs, low, high, color=colour, alpha=0.12, lw=0)
     axes.set_xscale("log", base=2)
     axes.set_xticks(xs, [str(x) for x in xs])
     axes.minorticks_off()
     axes.set_xlabel(label)
-    axes.set_ylabel("accuracy, a tie as half")
+    axes.set_ylabel("accuracy out of fold")
     axes.legend(frameon=False, fontsize=8)
 
 
@@ -128,11 +132,15 @@ def write_page(result, run):
     run = Path(run)
     images = {
         "accuracy": picture(run / "accuracy.png", accuracy_plot, result["accuracy"]),
-        "reliability": picture(run / "reliability.png", reliability_plot, result["calibration"]),
     }
+    if "calibration" not in result:
+        (run / "reliability.png").unlink(missing_ok=True)       # of an earlier evaluation
+    else:
+        images["reliability"] = picture(run / "reliability.png", reliability_plot,
+                                        result["calibration"])
     for name, label in CURVES.items():
         path = run / f"curve_{name}.png"
-        if name in result["curves"]:
+        if result["curves"].get(name):
             images[path.stem] = picture(path, curve_plot, result["curves"][name], label)
         else:
             path.unlink(missing_ok=True)        # of an earlier evaluation with more sweeps
@@ -148,58 +156,111 @@ def write_page(result, run):
 
 # ---------------------------------------------------------------- in words
 
-SAYS = {"random_directions": "on this data, at this K, the SAE's choice of directions adds nothing "
-                             "measurable",
-        "random_latents": "which latents are taken makes no measurable difference on this data, at "
-                          "this K",
-        "activations": "projecting the hidden state is not measurably better than reading the "
-                       "SAE's activations",
-        "words": "not shown to tell more than the wording alone",
-        "length": "not shown to tell more than the length alone",
-        "shuffled_labels": "not shown to do better than with shuffled labels"}
+TOO_EASY = 0.85
 
 
-def in_words(result, sae_warnings):
-    """What a reader should not overlook → list of sentences."""
+def verdict(result):
+    """What this evaluation says → sentences, the most important first. One a cause."""
     accuracy = result["accuracy"]
+    differences = result["differences"]
     ours = accuracy["sparserm"]
+    if ours["groups"] < 20:
+        return [f"Too small: {ours['groups']} prompts. Nothing can be told from so few; "
+                "200 are a start."]
     found = []
-    if accuracy["shuffled_labels"]["low"] > 0.5:
-        found.append("with shuffled labels the method is right more than half the time: test pairs "
-                     "leak into training, look for it")
-    if ours["n"] < 50:
-        found.append(f"only {ours['n']} test pairs: even a large difference between two rows may "
-                     "be chance")
-    if ours["low"] <= 0.5:
-        found.append("the interval of SparseRM's own accuracy reaches down to one half: no better "
-                     "than a coin is not ruled out")
+    easy = [name for name in ("words", "length") if accuracy[name]["ties_half"] >= TOO_EASY
+            and is_clear(differences[name]) <= 0]
+    if easy:
+        share = max(accuracy[name]["ties_half"] for name in easy)
+        found.append(f"Too easy: {' and '.join(easy)} alone get {share:.2f}. This set cannot show "
+                     "what a reward model adds.")
+    if result["repeated_answers"] > 0.1:
+        found.append(f"{result['repeated_answers']:.0%} of the answers stand under several "
+                     "prompts: who knows them by heart is right.")
+    if is_clear(differences["shuffled_labels"]) <= 0 and not easy:
+        found.append("Nothing to learn here: the method is not measurably better than with "
+                     "shuffled labels.")
+        return found
+    found.append(f"SparseRM ranks {ours['accuracy']:.3f} of the pairs right "
+                 f"[{ours['low']:.3f}, {ours['high']:.3f}].")
+    found += few_directions(result["curves"].get("k"))
+    found += what_helps(differences)
+    if "blind" in accuracy and accuracy["blind"]["ties_half"] > 0.65:
+        found.append(f"The answer without its question gives {accuracy['blind']['ties_half']:.2f} "
+                     "away (on facts that is no fault).")
+    return found
 
-    for name, row in result["differences"].items():
-        if name in SAYS and row["low"] <= 0 <= row["high"]:
-            interval = f"{row['mean']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
-            found.append(f"{name.replace('_', ' ')} ({interval}): {SAYS[name]}")
-    for name, row in result["differences"].items():
-        if row["high"] < 0:
-            found.append(f"{name.replace('_', ' ')} ({row['mean']:+.3f}): measurably better than "
-                         "SparseRM here")
-    if accuracy["words"]["high"] < 0.5:
-        found.append("words: below one half, so the lead over them looks larger than it is")
-    return found + [f"SAE: {warning}" for warning in sae_warnings]
+
+def few_directions(curve):
+    """Where with few directions the SAE's choice shows → a sentence, or none without a K curve."""
+    rows = (curve or {}).get("random_directions", {})
+    clear = [k for k in sorted(rows, key=int) if is_clear(rows[k]["behind"]) > 0]
+    if not rows:
+        return []
+    if not clear:
+        return ["At no K the SAE's choice is measurably better than random directions."]
+    return [f"With K = {', '.join(clear)} directions a side the SAE's choice is clearly better "
+            "than random directions."]
+
+
+# control: (SparseRM is clearly better, no measurable difference, the control is clearly better)
+QUESTIONS = {
+    "random_directions": (
+        "the SAE's choice helps over random directions",
+        "no measurable difference to random directions at the K that was chosen",
+        "random directions are measurably better"),
+    "picked_directions": (
+        "it helps also over random directions picked by the labels",
+        "random directions picked by the labels do as well: the SAE adds a name for each direction",
+        "random directions picked by the labels are measurably better: the SAE adds a name"),
+    "activations": (
+        "projecting z is better than reading the SAE's activations",
+        "the SAE's activations do as well as the projections",
+        "the SAE's activations are measurably better than the projections"),
+    "words": (
+        "it reads more than the wording",
+        "the wording alone does as well",
+        "the wording alone is measurably better"),
+    "dense": (
+        "it beats a dense head on all of z",
+        "a dense head on all of z does as well",
+        "a dense head on all of z is measurably better"),
+    "paper": (
+        "it beats the paper's own head, an MLP",
+        "the paper's own head, an MLP, does as well",
+        "the paper's own head, an MLP, is measurably better"),
+}
+
+
+def what_helps(differences):
+    """A sentence on each control that asks a question, by the sign of the difference."""
+    found = []
+    for name, (better, level, worse) in QUESTIONS.items():
+        row = differences[name]
+        text = {1: better, 0: level, -1: worse}[is_clear(row)]
+        found.append(f"{text[0].upper()}{text[1:]} ({difference_text(row)}).")
+    return found
+
+
+def difference_text(row):
+    """+0.034 [+0.010, +0.058]; without an interval: cannot tell."""
+    if row["low"] is None:
+        return f"{row['mean']:+.3f}, too few prompts differ to tell"
+    return f"{row['mean']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
 
 
 # ---------------------------------------------------------------- what the stages print
 
 def print_accuracy(what, rows):
-    """Print {name: summary[, `behind`]} as a table: SparseRM, then the controls by accuracy."""
+    """{name: summary, of a control with `behind`} → a table: SparseRM, then the controls."""
     ours = rows["sparserm"]
-    title = f"{what} on {ours['n']} test pairs of {ours['groups']} prompts"
-    print()
-    print(f"{title:<53}SparseRM minus it")
-    for name in sorted(rows, key=lambda name: ("behind" in rows[name], -rows[name]["accuracy"])):
+    print(f"\n{what}: {ours['n']} pairs of {ours['groups']} prompts, 95 % intervals"
+          "\n                         accuracy                    SparseRM minus it")
+    for name in sorted(rows, key=lambda name: (name != "sparserm", -rows[name]["ties_half"])):
         row = rows[name]
-        line = f"  {name:<18} {row['accuracy']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]"
+        line = f"  {name:<21} {row['accuracy']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]"
         if "behind" in row:
-            line += "   {mean:+.3f}  [{low:+.3f}, {high:+.3f}]".format(**row["behind"])
+            line += f"      {difference_text(row['behind'])}"
         if row["ties"] > SOME_TIES:
             line += f"   ties {row['ties']:.1%}, as half {row['ties_half']:.3f}"
         print(line)
@@ -208,48 +269,64 @@ def print_accuracy(what, rows):
 def print_k_curve(curve):
     """Accuracy by K, and where SparseRM is above random directions."""
     ks = sorted(curve["sparserm"], key=int)
-    print("\n  K a side, ties half" + "".join(f"{k:>7}" for k in ks))
-    for name in ("sparserm", "random_directions", "random_latents", "activations", "dense"):
-        print(f"  {name:<18} " + "".join(f"{curve[name][k]['ties_half']:>7.3f}" for k in ks))
-    clear = [k for k in ks if curve["random_directions"][k]["behind"]["low"] > 0]
+    print("\n  K a side" + " " * 13 + "".join(f"{k:>7}" for k in ks))
+    for name in IN_CURVE:
+        if name in curve:
+            cells = [f"{curve[name][k]['ties_half']:>7.3f}" if k in curve[name] else " " * 7
+                     for k in ks]
+            print(f"  {name:<21}" + "".join(cells))
+    random = curve.get("random_directions", {})
+    clear = [k for k in ks if k in random and is_clear(random[k]["behind"]) > 0]
     if clear:
         print(f"  clearly above random directions at K = {', '.join(clear)} (each K by itself)")
     else:
-        print("  at no K clearly above random directions: on this data the SAE's choice adds "
-              "nothing measurable")
+        print("  at no K clearly above random directions")
 
 
-def print_report(run, result, written):
-    """The table at the end, and in words what it says."""
+def print_report(folder, result, written, name=None):
+    """What stage 4 prints: the head on the test split, the verdict, the tables."""
+    if result["test"]:
+        test = result["test"]
+        print(f"\nthis head, test split, {test['n']} pairs of {test['groups']} prompts: "
+              f"{test['accuracy']:.3f} right [{test['low']:.3f}, {test['high']:.3f}]")
+    print()
+    for sentence in result["verdict"]:
+        print(f"• {sentence}")
     rows = {}
-    for name, row in result["accuracy"].items():
-        behind = {"behind": result["differences"][name]} if name in result["differences"] else {}
-        rows[name] = row | behind
-    print_accuracy("accuracy", rows)
-    if "k" in result["curves"]:
+    for method, row in result["accuracy"].items():
+        behind = result["differences"].get(method)
+        rows[method] = row | ({"behind": behind} if behind else {})
+    print_accuracy(f"{result['run']['folds']} folds", rows)
+    if result["curves"].get("k"):
         print_k_curve(result["curves"]["k"])
-    for name, row in result["other"].items():
-        print_accuracy(f"{name}: the same heads", {"sparserm": row, **row["controls"]})
+    if result["categories"]:
+        print("\n  category             accuracy")
+        for category, row in result["categories"].items():
+            print(f"  {category:<20} {row['accuracy']:.3f}  [{row['low']:.3f}, {row['high']:.3f}] "
+                  f" {row['n']} pairs")
+    for other, rows in result["other"].items():
+        print_accuracy(f"{other}, by heads of this set", rows)
 
-    c, cost, stability = result["calibration"], result["cost"], result["stability"]
-    print(f"\ncalibration  T {c['temperature']:.2f} · NLL {c['nll']:.3f} · Brier {c['brier']:.3f} "
-          f"· ECE {c['ece']:.3f}")
-    print(f"length       correlation with the reward {result['length']['correlation']:+.2f}")
-    print(f"parameters   {cost['trained_parameters']:,} trained (K = "
-          f"{result['accuracy']['sparserm']['choice']} a side), "
+    cost = result["cost"]
+    print()
+    if "calibration" in result:
+        c = result["calibration"]
+        print(f"calibration  T {c['temperature']:.2f} · NLL {c['nll']:.3f} · Brier "
+              f"{c['brier']:.3f} · "
+              f"ECE {c['ece']:.3f} (test split)")
+        print(f"length       correlation with the reward {result['length']['correlation']:+.2f}")
+    print(f"parameters   {cost['trained_parameters']:,} trained (K = {result['run']['k']} a side), "
           f"{cost['share']:.1e} of the backbone")
-    print(f"selection    {stability['mean']:.0%} of the latents are chosen again on resampled "
-          "train prompts "
-          f"(by chance {stability['chance']:.0%})")
-    print(f"written      {run}/evaluation.json, {', '.join(written)}")
-    for text in result["warnings"]:
-        print("note:", text)
+    print(f"written      {folder}/evaluation.json, {', '.join(written)}")
+    for text in result["sae"]["warnings"]:
+        print("note: SAE:", text)
 
-    example = shlex.quote(result["wrong"][0]["id"]) if result["wrong"] else "ID"
-    print(f"\nnext: open {run}/report.html in a browser")
-    print(f"      python 04_evaluate.py --run {run} --explain {example}")
-    print("      python 05_best_of_n.py sample --prompts data/prompts.jsonl --reward "
-          f"{run}/reward_head.safetensors")
+    run = f"--run {folder.parent} --name {name}" if name else f"--run {folder}"
+    example = shlex.quote(result["wrong"][0]["id"]) if result.get("wrong") else "ID"
+    print(f"\nnext: open {folder}/report.html in a browser")
+    print(f"      python 04_evaluate.py {run} --explain {example}")
+    print("      python 05_best_of_n.py sample --prompts data/prompts.jsonl "
+          f"--reward {folder}/reward_head.safetensors")
 
 
 def print_curve(out, result, rows, top, drawn):

@@ -27,8 +27,7 @@ ACCEPTED = ("prompt, chosen, rejected | chosen, rejected | question, mc1_targets
 # ---------------------------------------------------------------- files → rows
 
 def read_rows(path):
-    """Yield (where, row) of a JSONL, JSON or CSV file (also .gz), or of
-    hub:REPO[:CONFIG][:SPLIT]."""
+    """Yield (where, row) of a JSONL, JSON or CSV file (also .gz), or hub:REPO[:CONFIG][:SPLIT]."""
     if str(path).startswith("hub:"):
         yield from read_hub(path)
         return
@@ -36,9 +35,8 @@ def read_rows(path):
     if not path.is_file():
         raise UserError(f"file not found · {path} · name a .jsonl, .json or .csv file, or hub:REPO")
     if path.suffix in (".parquet", ".arrow", ".tsv", ".xlsx"):
-        raise UserError(f"{path.suffix} is not read · {path} · convert it to .jsonl, or put it "
-                        "into a "
-                        "folder and name hub:FOLDER")
+        raise UserError(f"{path.suffix} is not read · {path} · "
+                        "convert it to .jsonl, or put it into a folder and name hub:FOLDER")
 
     suffix = Path(path.name.removesuffix(".gz")).suffix
     readers = {".csv": read_csv, ".json": read_json}
@@ -50,17 +48,15 @@ def read_rows(path):
         except UserError:
             raise
         except UNREADABLE as error:
-            raise UserError(f"not readable as {suffix[1:]} ({error}) · {path} · mend or convert "
-                            "the "
-                            "file") from None
+            raise UserError(f"not readable as {suffix[1:]} ({error}) · {path} · "
+                            "mend or convert the file") from None
 
 
 UNREADABLE = (ValueError, csv.Error, gzip.BadGzipFile, EOFError, zlib.error, RecursionError)
 
 
 def read_csv(text, path):
-    """Yield the rows of a table; each is named by the line where it ends: a cell may hold
-    newlines."""
+    """Yield the rows of a table, each named by the line where it ends: cells may hold newlines."""
     table = csv.DictReader(text)
     for row in table:
         yield f"{path}:{table.line_num}", row
@@ -70,9 +66,8 @@ def read_json(text, path):
     """Yield the rows of an array."""
     array = json.load(text)
     if not isinstance(array, list):
-        raise UserError(f"not an array of rows · {path} · put the rows into [ ], or one a line "
-                        "into a "
-                        ".jsonl file")
+        raise UserError(f"not an array of rows · {path} · "
+                        "put the rows into [ ], or one a line into a .jsonl file")
     for n, row in enumerate(array):
         yield f"{path}:[{n}]", row
 
@@ -89,9 +84,8 @@ def parse_line(line, where):
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(f"invalid JSON ({error.msg}, column {error.colno}) · {where} · mend or "
-                        "delete "
-                        "this line") from None
+        raise UserError(f"invalid JSON ({error.msg}, column {error.colno}) · {where} · "
+                        "mend or delete this line") from None
 
 
 def read_hub(name):
@@ -108,8 +102,9 @@ def read_hub(name):
         config, split = None, rest[0] if rest else "train"
     try:
         rows = datasets.load_dataset(repo, config, split=split)
-    except Exception as error:  # datasets raises a wide family; its first line says what is wrong
-        raise UserError(f"datasets could not read it ({str(error).splitlines()[0]}) · {name} · "
+    except Exception as error:      # datasets raises all sorts; the first line says what is wrong
+        reason = str(error).splitlines()[0]
+        raise UserError(f"datasets could not read it ({reason}) · {name} · "
                         "check the name, the split and the connection") from None
     for n, row in enumerate(rows):
         yield f"{name}[{n}]", row
@@ -126,10 +121,10 @@ class NoPair(Exception):
 
 
 def pairs_of_row(row, label=None):
-    """One row of any accepted layout → list of (prompt, chosen, rejected); a str says why there is
-    none.
+    """One row of any accepted layout → list of (prompt, chosen, rejected).
 
-    label: safer or better, for PKU-SafeRLHF. Errors: NoLayout.
+    Instead a str, where there is none: why. label: safer or better, for PKU-SafeRLHF. Errors:
+    NoLayout.
     """
     columns = set(row)
     try:
@@ -155,11 +150,10 @@ def pairs_of_truthfulqa(row):
 
 
 def pairs_of_pku(row, label):
-    """PKU-SafeRLHF: two responses, and two labels that may differ; which one counts is never
-    guessed."""
+    """PKU-SafeRLHF: two responses, and two labels that may differ: which counts is not guessed."""
     if f"{label}_response_id" not in row:
-        raise UserError("this layout holds two labels · columns safer_response_id, "
-                        "better_response_id · "
+        raise UserError("this layout holds two labels · "
+                        "columns safer_response_id, better_response_id · "
                         "pass --label safer or --label better")
     best = int(row[f"{label}_response_id"])
     if best not in (0, 1):
@@ -185,8 +179,7 @@ def pairs_of_trl(row):
 
 
 def pairs_of_lists(prompt, chosen, rejected):
-    """RM-Bench, RewardBench 2: lists of texts. Equally long ones go side by side, else each with
-    each."""
+    """RM-Bench, RewardBench 2: lists of texts. Side by side if equally long, else all with all."""
     if not isinstance(rejected, list):
         rejected = [rejected]
     together = zip if len(chosen) == len(rejected) else itertools.product
@@ -253,13 +246,13 @@ def turns_of_transcript(text):
     _, *parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text.lstrip())
     turns = []
     for speaker, said in zip(parts[0::2], parts[1::2]):
-        turns.append({"role": "user" if speaker == "Human" else "assistant",
-                      "content": said.strip()})
+        role = "user" if speaker == "Human" else "assistant"
+        turns.append({"role": role, "content": said.strip()})
     return turns
 
 
 def pairs_or_reason(row, label=None, first=None):
-    """pairs_of_row of whatever a file may hold.
+    """pairs_of_row() of whatever a file may hold.
 
     first: where the row stands, if it is the first of its file: then a layout that is none is the
     file's, and an error.
@@ -294,8 +287,10 @@ class Unusable(Exception):
 
 
 def usable_pairs(tokenizer, row, label, max_length, first=None):
-    """One row → (list of Pairs that can be scored, list of reasons for those that cannot). first:
-    see pairs_or_reason."""
+    """One row → (list of Pairs that can be scored, list of reasons for those that cannot).
+
+    first: see pairs_or_reason.
+    """
     found = pairs_or_reason(row, label, first)
     if isinstance(found, str):
         return [], [found]
@@ -365,8 +360,8 @@ def read_prompts(path):
     for where, row in read_rows(path):
         prompt = row.get("prompt") if isinstance(row, dict) else None
         if not is_prompt(prompt):
-            raise UserError(f"no prompt in this row · {where} · rows need a prompt (text or "
-                            "messages)")
+            raise UserError(f"no prompt in this row · {where} · "
+                            "rows need a prompt (text or messages)")
         found.setdefault(json.dumps(prompt), prompt)
     if not found:
         raise UserError(f"no prompts · {path} · rows need a prompt (text or messages)")
@@ -380,9 +375,8 @@ def read_candidates(path):
     for where, row in read_rows(path):
         is_row = isinstance(row, dict) and is_prompt(row.get("prompt"))
         if not is_row or not {"candidates", "response"} & set(row):
-            raise UserError(f"not a row of candidates · {where} · needs prompt and candidates, or "
-                            "prompt "
-                            "and response")
+            raise UserError(f"not a row of candidates · {where} · "
+                            "needs prompt and candidates, or prompt and response")
         if "response" in row:
             key = json.dumps(row["prompt"])
             if key not in grouped:
@@ -395,8 +389,8 @@ def read_candidates(path):
             check_candidates(row, where)
             rows.append(dict(row))
     if not rows:
-        raise UserError(f"no candidates · {path} · rows need prompt and candidates, or prompt and "
-                        "response")
+        raise UserError(f"no candidates · {path} · "
+                        "rows need prompt and candidates, or prompt and response")
     return rows
 
 
@@ -404,9 +398,8 @@ def check_candidates(row, where):
     """Refuse candidates that are no texts, and labels that are not a number for each."""
     texts = row["candidates"]
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        raise UserError(f"candidates must be a list of texts, at least one · {where} · mend this "
-                        "row")
+        raise UserError("candidates must be a list of texts, at least one · "
+                        f"{where} · mend this row")
     if "labels" in row and not are_numbers(row["labels"], len(texts)):
         raise UserError(f"labels must be numbers, one for each of the {len(texts)} candidates · "
-                        f"{where} · "
-                        "mend this row")
+                        f"{where} · mend this row")

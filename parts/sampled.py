@@ -1,9 +1,10 @@
-"""A reward at no cost: read off the keys that sampling has cached.
+"""A reward at no cost: read off the sampling.
 
-The backbone has seen every token of a sampled answer but the end of the turn. Each answer's last
-token and the template's end are run once more on top of the cache, up to block L; what was cached
-behind an answer's end is masked. An answer for which that is not the text that `score` would see is
-scored by `score`, and the reason is counted.
+While an answer is sampled the backbone computes the hidden state of every token, so a second pass
+for the reward is a waste. With token rule `mean` the hidden states of block L are added up on their
+way. With the other rules the answer's last token and the template's end are run on top of the
+cached keys. An answer whose tokens are not those that `score` would read is scored by `score`,
+and the reason is counted.
 """
 
 import collections
@@ -16,80 +17,133 @@ from parts.packing import additive_mask
 
 @dataclass
 class Sampled:
-    """What sampling n answers to one prompt leaves behind."""
-    prompt_ids: list        # of the prompt with the generation prompt
-    rows: list              # n lists of sampled token ids, without the token that ends an answer
-    cache: object           # keys and values of prompt and answers, a row an answer
+    """What sampling n answers to each of some prompts leaves behind; a row is an answer."""
+    prompt_ids: list        # of each prompt, with the generation prompt
+    n: int                  # answers to each
+    rows: list              # sampled token ids, without the token that ends an answer
+    ended: list             # did the answer end by itself, bool
+    cache: object           # keys and values of prompt and answers
+    padding: list           # keys in front of each row that are of no token
+    sums: torch.Tensor  # [rows, d] hidden states of the answer's tokens that were read, added up
+
+    def prompt_of(self, row):
+        """The prompt's token ids of an answer."""
+        return self.prompt_ids[row // self.n]
 
 
-def score_sampled(reward, prompt, texts, sampled):
-    """Rewards of answers just sampled from the reward's own backbone, and why some were re-run."""
-    rendered = [reward.render(prompt, text) for text in texts]
-    reasons = []
-    for row, text in zip(sampled.rows, rendered):
-        reasons.append(reason_against(reward, row, text, rendered[0], sampled))
+class HiddenSums:
+    """Adds up the output of block L over the tokens of each answer while they are sampled."""
+
+    def __init__(self, block, rows):
+        self.rows = rows
+        self.sums = None
+        self.counted = None         # which rows the next token belongs to an answer in, bool [rows]
+        self.hook = block.register_forward_hook(self.add)
+
+    def add(self, block, args, output):
+        """The forward hook: one new token a row."""
+        hidden = output[0] if isinstance(output, tuple) else output
+        if self.counted is None:                                    # the prompt
+            return
+        new = hidden[:, -1].float()                                 # [rows, d]
+        if self.sums is None:
+            self.sums = torch.zeros_like(new)
+        self.sums += new * self.counted[:, None]
+
+    def finish(self):
+        """→ sums [rows, d], or None where no token was read."""
+        self.hook.remove()
+        return self.sums
+
+
+def score_sampled(reward, prompts, texts, sampled):
+    """Rewards of answers just sampled from the reward's backbone, in the order of the rows.
+
+    prompts, texts: of each row. → (list of float, list of bool: outside of what training saw,
+    Counter of the reasons for which an answer was scored the ordinary way)
+    """
+    rendered = [reward.render(prompt, text) for prompt, text in zip(prompts, texts)]
+    reasons = [reason_against(reward, n, text, rendered[0], sampled)
+               for n, text in enumerate(rendered)]
     readable = [n for n, reason in enumerate(reasons) if not reason]
     others = [n for n, reason in enumerate(reasons) if reason]
 
-    scores = torch.empty(len(texts))
+    hidden = [None] * len(texts)
     if readable:
-        hidden = read_off(reward, [rendered[n] for n in readable], readable, sampled)
-        scores[readable] = reward.reward_of(hidden)
+        read = read_mean if reward.meta["token"] == "mean" else read_end
+        for n, z in zip(readable, read(reward, [rendered[n] for n in readable], readable, sampled)):
+            hidden[n] = z
     if others:
-        scores[others] = torch.tensor(reward.score([prompt] * len(others),
-                                                   [texts[n] for n in others]))
-    return scores.tolist(), collections.Counter(reasons[n] for n in others)
+        for n, z in zip(others, reward.read([rendered[n] for n in others], normalised=False)):
+            hidden[n] = z
+    z = reward.normalise(torch.stack(hidden))
+    counted = collections.Counter(reasons[n] for n in others)
+    return reward.reward_of(z).tolist(), reward.outside(z).tolist(), counted
 
 
-def reason_against(reward, row, text, first, sampled):
-    """Why an answer cannot be read off the cache → str, or None. text, first: how this and the
-    first answer are rendered."""
-    prompt_length = len(sampled.prompt_ids)
-    if reward.backbone.pack == "pad":
-        return "the model does not honour a 4D mask"
-    if reward.meta["token"] == "mean":
-        return "token rule mean"
-    if getattr(reward.backbone.model.config.get_text_config(), "sliding_window", None):
-        return "a sliding window evicts keys"
+def reason_against(reward, n, text, first, sampled):
+    """Why an answer cannot be read off → str, or None. text, first: this and the first answer."""
+    row = sampled.rows[n]
+    prompt = sampled.prompt_of(n)
     if not row:
         return "empty"
-    if text.ids[:prompt_length] != sampled.prompt_ids:
+    if text.ids[:len(prompt)] != prompt:
         return "the template renders the prompt differently"
+    if text.ids[len(prompt):text.last] != row:
+        return "tokenised anew it differs"
+    if reward.meta["token"] == "mean":
+        return None
+    if reward.backbone.pack == "pad":
+        return "the model does not honour a 4D mask"
+    if getattr(reward.backbone.model.config.get_text_config(), "sliding_window", None):
+        return "a sliding window evicts keys"
     if text.ids[text.last:] != first.ids[first.last:]:
         return "another end of the turn"
-    if text.ids[prompt_length:text.last] != row:
-        return "tokenised anew it differs"
     return None
 
 
-def read_off(reward, texts, which, sampled):
-    """Run the last token and the end of the turn of some answers on top of the cache → z [m, d].
+def read_mean(reward, texts, which, sampled):
+    """The mean over each answer's tokens → z [m, d]."""
+    lengths = torch.tensor([len(sampled.rows[n]) for n in which])
+    return sampled.sums[which].cpu() / lengths[:, None]
 
-    texts: how they are rendered; which: their rows in the cache, of which the others are thrown
-    away.
+
+def read_end(reward, texts, which, sampled):
+    """The hidden state of the token that the rule names → z [m, d]."""
+    new_ids = []
+    places = []                             # of that token in new_ids
+    for n, text in zip(which, texts):
+        new_ids.append([sampled.rows[n][-1], *text.ids[text.last:]])
+        first, _ = reward.token_range(text)
+        places.append(first - (text.last - 1))
+    hidden = run_on_cache(reward, new_ids, which, sampled)
+    return hidden[range(len(which)), places]
+
+
+def run_on_cache(reward, new_ids, which, sampled):
+    """Run new tokens of some rows on top of the cache, up to block L → [m, t, d] float32.
+
+    The first new token is the answer's last one; what was cached from there on is masked. In place:
+    the cache of the other rows is thrown away.
     """
     backbone = reward.backbone
+    device = backbone.device
     cached = sampled.cache.get_seq_length()
-    rows = [sampled.rows[n] for n in which]
-    # [m, t]
-    new_ids = torch.tensor([[row[-1], *text.ids[text.last:]] for row, text in zip(rows, texts)])
-    # [m], before new_ids
-    own_keys = torch.tensor([len(sampled.prompt_ids) + len(row) - 1 for row in rows])
+    new_ids = torch.tensor(new_ids)                                         # [m, t]
     count, steps = new_ids.shape
+    padding = torch.tensor([sampled.padding[n] for n in which])             # [m]
+    own = torch.tensor([len(sampled.prompt_of(n)) + len(sampled.rows[n]) - 1 for n in which])
 
-    is_own = torch.arange(cached) < own_keys[:, None]               # [m, cached]
+    place = torch.arange(cached)
+    is_own = (place >= padding[:, None]) & (place < (padding + own)[:, None])       # [m, cached]
     sees_cached = is_own[:, None].expand(count, steps, cached)
     sees_new = torch.ones(steps, steps, dtype=torch.bool).tril().expand(count, steps, steps)
     mask = additive_mask(torch.cat([sees_cached, sees_new], 2), backbone.model.dtype)
-    positions = own_keys[:, None] + torch.arange(steps)
+    positions = own[:, None] + torch.arange(steps)
 
-    sampled.cache.batch_select_indices(torch.tensor(which, device=backbone.device))
-    [hidden] = backbone.forward_to([reward.meta["layer"]], input_ids=new_ids.to(backbone.device),
-                                   position_ids=positions.to(backbone.device),
-                                   attention_mask=mask.to(backbone.device),
+    sampled.cache.batch_select_indices(torch.tensor(which, device=device))
+    [hidden] = backbone.forward_to([reward.meta["layer"]], input_ids=new_ids.to(device),
+                                   position_ids=positions.to(device),
+                                   attention_mask=mask.to(device),
                                    cache=sampled.cache, use_cache=True)
-    places = []                                                 # of the scored token in new_ids
-    for text, before in zip(texts, own_keys.tolist()):
-        first, _ = reward.token_range(text)
-        places.append(first - before)
-    return hidden[range(count), places].float().cpu()
+    return hidden.float().cpu()

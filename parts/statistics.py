@@ -1,11 +1,15 @@
 """Accuracy with intervals: one bootstrap over groups, and what is made of it.
 
 Everywhere below a *difference* is r_chosen - r_rejected of a pair, and a *group* is a prompt: the
-pairs of one prompt are drawn together. An interval is the middle 95 % of 2,000 draws; it covers the
-tested prompts, not the draw of the training pairs. Where values have several rows, one for each
-seed, seeds are drawn too: which random directions a control got is as much chance as which prompts
-were tested.
+pairs of one prompt are drawn together. An interval is the middle 95 % of 2,000 draws. It covers the
+tested prompts, not the draw of the training pairs.
+
+Where few prompts say anything the bootstrap would give an interval that is too narrow, or of width
+0: then it is Wilson's, with the number of groups as the number of observations, and it says so.
 """
+
+import functools
+import math
 
 import numpy as np
 import torch
@@ -13,78 +17,114 @@ import torch.nn.functional as F
 
 DRAWS = 2000
 LIMITS = (0.025, 0.975)
+FEW_GROUPS = 20             # fewer prompts: no bootstrap
+FEW_THAT_DIFFER = 5         # fewer prompts that are not like the rest: no bootstrap
 
 
 # ---------------------------------------------------------------- the bootstrap
 
-def group_draws(groups, draws=DRAWS, seed=0, rows=1):
-    """Groups [n] → yield (times, drawn_rows) a draw: how often each different group is drawn, and
-    which of `rows` seeds are."""
-    count = len(np.unique(groups))
+def group_weights(groups, draws=DRAWS, seed=0):
+    """How often each different group comes in each draw with replacement → [draws, groups] float64.
+
+    Columns in the order of np.unique(groups).
+    """
+    return weights_of_count(len(np.unique(groups)), draws, seed)
+
+
+@functools.lru_cache(maxsize=4)
+def weights_of_count(count, draws, seed):
+    """The draws of group_weights(); the same for everything that is compared."""
     rng = np.random.default_rng(seed)
-    for _ in range(draws):
-        times = np.bincount(rng.integers(count, size=count), minlength=count)
-        drawn_rows = rng.integers(rows, size=rows)
-        yield times, drawn_rows
+    weights = np.empty((draws, count))
+    for draw in range(draws):
+        weights[draw] = np.bincount(rng.integers(count, size=count), minlength=count)
+    return weights
 
 
 def bootstrap(values, groups, draws=DRAWS, seed=0):
-    """Mean of values [n], or [seeds, n] over seeds and pairs → (mean, low, high): percentile
-    bootstrap over groups, 95 %."""
-    values = np.atleast_2d(values)
+    """Mean of values [n] → (mean, low, high): percentile bootstrap over groups, 95 %."""
+    values = np.asarray(values, dtype=float)
     _, group_of = np.unique(groups, return_inverse=True)
-    pairs_of_group = np.bincount(group_of)
-    total = np.stack([np.bincount(group_of, row) for row in values])            # [seeds, groups]
-    means = []
-    for times, rows in group_draws(groups, draws, seed, len(values)):
-        sums = total[rows] @ times                                              # [seeds]
-        means.append(sums.mean() / (pairs_of_group @ times))
-    low, high = np.quantile(means, LIMITS)
+    weights = group_weights(groups, draws, seed)
+    sums = weights @ np.bincount(group_of, values)
+    pairs = weights @ np.bincount(group_of)
+    low, high = np.quantile(sums / pairs, LIMITS)
     return float(values.mean()), float(low), float(high)
 
 
-def bootstrap_weights(groups, draws, seed=0):
-    """How often each pair comes in each draw of groups with replacement → [draws, n] float32."""
+def wilson(share, count):
+    """Wilson's 95 % interval of a share seen in `count` independent observations → (low, high)."""
+    z = 1.959964
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    spread = math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    half = z * spread / (1 + z * z / count)
+    low, high = max(0.0, middle - half), min(1.0, middle + half)
+    return min(low, share), max(high, share)        # whatever rounding does at 0 and 1
+
+
+def groups_that_differ(values, groups):
+    """How many groups do not have the commonest mean of values [n]?"""
     _, group_of = np.unique(groups, return_inverse=True)
-    weights = [times[group_of] for times, _ in group_draws(groups, draws, seed)]
-    return torch.from_numpy(np.stack(weights).astype(np.float32))
+    means = np.bincount(group_of, values) / np.bincount(group_of)
+    _, counts = np.unique(means.round(9), return_counts=True)
+    return int(len(means) - counts.max())
+
+
+def says_little(values, groups):
+    """Too few groups, or too few that are not like the rest, for a bootstrap?"""
+    few = len(np.unique(groups)) < FEW_GROUPS
+    return few or groups_that_differ(values, groups) < FEW_THAT_DIFFER
 
 
 # ---------------------------------------------------------------- accuracy
 
 def points(differences):
-    """Differences → 1 where right, 0 where wrong, 1/2 for a tie (a control that says nothing is a
-    coin)."""
+    """Differences → 1 where right, 0 where wrong, 1/2 for a tie: as good as a coin."""
     return (differences > 0) + (differences == 0) / 2
 
 
+def interval(values, groups):
+    """Mean of values [n] in [0, 1] → {mean, low, high, method}."""
+    count = len(np.unique(groups))
+    if says_little(values, groups):
+        mean = float(np.mean(values))
+        low, high = wilson(mean, count)
+        return {"mean": mean, "low": low, "high": high, "method": "Wilson"}
+    mean, low, high = bootstrap(values, groups)
+    return {"mean": mean, "low": low, "high": high, "method": "bootstrap"}
+
+
 def summary(differences, groups):
-    """Differences of each seed [seeds, n] → accuracy, low, high (a tie is wrong), the share of
-    ties, and the same with a tie as
-    half: ties_half, half_low, half_high."""
-    right = (differences > 0).astype(float)
-    ties = float((differences == 0).mean())
-    strict = bootstrap(right, groups)
-    half = bootstrap(points(differences), groups) if ties else strict
+    """Differences [n] → {accuracy, low, high, method, ties, ties_half, n, groups}.
+
+    A tie is wrong in `accuracy`, and half right in `ties_half`.
+    """
+    found = interval((differences > 0).astype(float), groups)
     return {
-        **dict(zip(("accuracy", "low", "high"), strict)),
-        "ties": ties,
-        **dict(zip(("ties_half", "half_low", "half_high"), half)),
-        "n": len(groups),
+        "accuracy": found["mean"],
+        "low": found["low"],
+        "high": found["high"],
+        "method": found["method"],
+        "ties": float((differences == 0).mean()),
+        "ties_half": float(points(differences).mean()),
+        "n": len(differences),
         "groups": len(np.unique(groups)),
-        "seeds": right.mean(1).tolist(),
     }
 
 
 def gap(ours, theirs, groups):
-    """SparseRM minus a control, pair by pair, ties as half → {mean, low, high}."""
-    advantage = points(ours).mean(0) - points(theirs)
+    """SparseRM minus a control, pair by pair, ties as half → {mean, low, high}.
+
+    low and high are None where too few prompts differ: cannot tell.
+    """
+    advantage = points(ours) - points(theirs)
+    if says_little(advantage, groups):
+        return {"mean": float(advantage.mean()), "low": None, "high": None}
     return dict(zip(("mean", "low", "high"), bootstrap(advantage, groups)))
 
 
 def side_by_side(differences_of, groups):
-    """{name: differences [seeds, n]} → {name: summary}; of a control also `behind`: SparseRM minus
-    it."""
+    """{name: differences [n]} → {name: summary}; of a control also `behind`: SparseRM minus it."""
     ours = differences_of["sparserm"]
     rows = {}
     for name, differences in differences_of.items():
@@ -92,6 +132,13 @@ def side_by_side(differences_of, groups):
         if name != "sparserm":
             rows[name]["behind"] = gap(ours, differences, groups)
     return rows
+
+
+def is_clear(row):
+    """Is the interval of a difference clear of 0? → 1 above, -1 below, 0 not, or cannot tell."""
+    if row["low"] is None:
+        return 0
+    return (row["low"] > 0) - (row["high"] < 0)
 
 
 # ---------------------------------------------------------------- calibration and length
@@ -115,8 +162,7 @@ def calibration(differences, temperature, pairs_a_bin=50):
 
 
 def length_figures(reward_chosen, reward_rejected, chosen_tokens, rejected_tokens):
-    """Correlation of reward and response length; accuracy on the pairs whose lengths differ by at
-    most a tenth."""
+    """Correlation of reward and length; accuracy where lengths differ by a tenth at most."""
     lengths = np.concatenate([chosen_tokens, rejected_tokens]).astype(float)
     rewards = np.concatenate([reward_chosen, reward_rejected])
     varied = lengths.std() > 0 and rewards.std() > 0

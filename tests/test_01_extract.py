@@ -161,16 +161,58 @@ def test_the_mask_of_a_padded_pass_tells_tokens_from_padding():
     assert inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0], [1, 0, 0]]
 
 
-def test_a_model_that_ignores_the_mask_falls_back_to_padding_and_says_so_once(folder_of):
-    backbone = stage1.load_backbone(folder_of("llama"))
-    assert (backbone.pack, backbone.notes) == ("tree", [])
+def without_tree_mask(module, args, kwargs):
+    mask = kwargs.get("attention_mask")
+    is_tree = mask is not None and mask.dim() == 4
+    return args, {**kwargs, "attention_mask": None if is_tree else mask}
 
-    def drop_tree_mask(module, args, kwargs):
-        mask = kwargs["attention_mask"]
-        return args, {**kwargs, "attention_mask": None if mask.dim() == 4 else mask}
 
-    backbone.model.register_forward_pre_hook(drop_tree_mask, with_kwargs=True)
-    fallen = stage1.make_backbone(backbone.model, backbone.tokenizer, backbone.meta)
+def without_positions(module, args, kwargs):
+    return args, {**kwargs, "position_ids": None}
+
+
+def sees_all_without_a_mask(module, args, kwargs):
+    """As a model that is not causal by itself."""
+    if kwargs.get("attention_mask") is not None:
+        return args, kwargs
+    tokens = kwargs["input_ids"].shape[1]
+    return args, {**kwargs, "attention_mask": torch.zeros(1, 1, tokens, tokens)}
+
+
+@pytest.fixture
+def own_backbone(folder_of):
+    """A backbone that a test may change."""
+    return stage1.load_backbone(folder_of("llama"))
+
+
+def test_packing_holds_for_a_model_that_honours_mask_and_positions(own_backbone):
+    assert packing.packing_holds(own_backbone)
+
+
+@pytest.mark.parametrize("fault", [without_tree_mask, without_positions, sees_all_without_a_mask])
+def test_packing_does_not_hold_where_a_tree_gives_other_states_than_a_text(fault, own_backbone):
+    own_backbone.model.register_forward_pre_hook(fault, with_kwargs=True)
+    assert not packing.packing_holds(own_backbone)
+
+
+def test_packing_does_not_hold_for_a_mask_that_forgets_the_window(tmp_path, monkeypatch):
+    """The window is longer than a few tokens: it takes a long text to notice."""
+    folder = tiny.save_model(tmp_path / "model", "mistral", sliding_window=40)
+    backbone = stage1.load_backbone(folder)
+    assert packing.packing_holds(backbone)
+
+    def causal(model, row, device):
+        return packing.additive_mask(row.sees, model.dtype)
+
+    monkeypatch.setattr(packing, "attention_masks", causal)
+    assert not packing.packing_holds(backbone)
+
+
+def test_a_model_that_ignores_the_mask_falls_back_to_padding_and_says_so_once(own_backbone):
+    assert (own_backbone.pack, own_backbone.notes) == ("tree", [])
+    model = own_backbone.model
+    model.register_forward_pre_hook(without_tree_mask, with_kwargs=True)
+    fallen = stage1.make_backbone(model, own_backbone.tokenizer, own_backbone.meta)
     assert fallen.pack == "pad"
     assert len(fallen.notes) == 1 and "padding" in fallen.notes[0]
 
@@ -243,18 +285,53 @@ def places_of(rule, ids, inner):
     return list(range(starts[0], starts[0] + len(inner)))
 
 
+def answers(backbone):
+    """Three answers to one question, the last of them RESPONSE → list of Text."""
+    said = ["It is blue, not.", "No.", RESPONSE]
+    return [chat.render(backbone.tokenizer, "Which colour?", answer) for answer in said]
+
+
 @pytest.mark.parametrize("rule", stage1.RULES)
 def test_each_rule_reads_the_token_that_a_naive_search_finds(rule, backbone_of):
     backbone = backbone_of("gpt2")
     inner = backbone.tokenizer(RESPONSE, add_special_tokens=False)["input_ids"]
-    responses = ["It is blue, not.", "No.", RESPONSE]               # the last one is looked at
-    texts = [chat.render(backbone.tokenizer, "Which colour?", said) for said in responses]
+    texts = answers(backbone)
     ids = texts[2].ids
     assert ids[-1] != END and len(inner) > 3                        # the rules do differ here
 
-    found = stage1.residuals(backbone, texts, [1], rule)[0, 2]
+    found = stage1.residuals(backbone, texts, [1], [rule])[1, rule][2]
     wanted = states_of_transformers(backbone, ids)[2][places_of(rule, ids, inner)].mean(0)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_several_rules_and_layers_at_once_give_what_each_gives_alone(backbone_of):
+    backbone = backbone_of("gemma2")
+    texts = answers(backbone)
+    together = stage1.residuals(backbone, texts, [0, LAST], stage1.RULES)
+    assert set(together) == {(layer, rule) for layer in (0, LAST) for rule in stage1.RULES}
+    for (layer, rule), z in together.items():
+        alone = stage1.residuals(backbone, texts, [layer], [rule])
+        assert list(alone) == [(layer, rule)]
+        torch.testing.assert_close(z, alone[layer, rule])
+
+
+def test_several_rules_and_layers_take_one_pass(own_backbone, monkeypatch):
+    passes = []
+    forward_to = stage1.forward_to
+
+    def counted(model, blocks, layers, **inputs):
+        passes.append(layers)
+        return forward_to(model, blocks, layers, **inputs)
+
+    monkeypatch.setattr(stage1, "forward_to", counted)
+    stage1.residuals(own_backbone, answers(own_backbone), [0, LAST], stage1.RULES)
+    assert passes == [[0, LAST]]
+
+
+def test_a_rule_that_there_is_not_is_an_error_that_names_those_there_are(backbone_of):
+    [text, *_] = answers(backbone_of("gpt2"))
+    with pytest.raises(stage1.UserError, match="unknown token rule first .*mean.*content"):
+        stage1.token_range(text, "first")
 
 
 # ---------------------------------------------------------------- the split
@@ -329,38 +406,42 @@ def test_splits_and_groups_do_not_depend_on_the_file_and_its_order(tmp_path, fol
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory, folder_of):
-    """A run of 20 pairs, layers 0 and 2, in shards of 8, and the arguments that made it."""
+    """A run of 20 pairs, two layers and two rules, in shards of 8, and what made it."""
     run = tmp_path_factory.mktemp("sharded") / "run"
     pairs = tiny.save_pairs(run.parent / "pairs.jsonl", 20)
-    args = ["--model", folder_of("gemma2"), "--pairs", pairs, "--layer", 0, 2, "--run"]
+    wanted = ["--layer", 0, 2, "--token", "mean", "last"]
+    args = ["--model", folder_of("gemma2"), "--pairs", pairs, *wanted, "--run"]
     with argv(*args, run), pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage1, "SHARD_PAIRS", 8)
         stage1.main()
     return run, args
 
 
+KEYS = [(layer, rule) for layer in (0, 2) for rule in ("mean", "last")]
+SHARDS = [f"layer{layer}-{rule}-{n:05d}-of-00003.safetensors" for layer, rule in KEYS
+          for n in range(3)]
+
+
 def opened_shards(run):
-    """→ list of (path, layer, rows of pairs.jsonl, tensors, metadata as it stands in the file)."""
+    """→ list of (path, rows of pairs.jsonl, tensors, metadata as it stands in the file)."""
     rows = read_rows_of(run / "pairs.jsonl")
     found = []
-    for layer in (0, 2):
-        for n in range(3):
-            path = run / "activations" / f"layer{layer}-{n:05d}-of-00003.safetensors"
-            with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-                found.append((path, layer, rows[8 * n:8 * n + 8], tensors, file.metadata()))
+    for number, name in enumerate(SHARDS):
+        start = 8 * (number % 3)
+        path = run / "activations" / name
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            found.append((path, rows[start:start + 8], tensors, file.metadata()))
     return found
 
 
-def test_there_is_one_file_a_layer_and_shard_and_no_other(sharded):
-    run, _ = sharded
-    numbers = ["00000-of-00003", "00001-of-00003", "00002-of-00003"]
-    shards = [f"activations/layer{layer}-{n}.safetensors" for layer in (0, 2) for n in numbers]
-    assert sorted(bytes_of(run)) == sorted([*shards, "pairs.jsonl", "dropped.jsonl"])
+def test_there_is_one_file_a_layer_rule_and_shard_and_no_other(sharded):
+    shards = [f"activations/{name}" for name in SHARDS]
+    assert sorted(bytes_of(sharded[0])) == sorted([*shards, "pairs.jsonl", "dropped.jsonl"])
 
 
 def test_the_columns_of_a_shard_have_the_shapes_and_types_of_the_contract(sharded):
-    for _, _, rows, tensors, _ in opened_shards(sharded[0]):
+    for _, rows, tensors, _ in opened_shards(sharded[0]):
         n = len(rows)
         kinds = {name: (tuple(column.shape), column.dtype) for name, column in tensors.items()}
         assert kinds == {
@@ -375,8 +456,8 @@ def test_the_columns_of_a_shard_have_the_shapes_and_types_of_the_contract(sharde
 
 
 def test_a_shard_repeats_what_pairs_jsonl_says(sharded):
-    for path, _, rows, tensors, _ in opened_shards(sharded[0]):
-        start = 8 * int(path.stem[7:12])
+    for path, rows, tensors, _ in opened_shards(sharded[0]):
+        start = 8 * int(path.stem.split("-")[2])
         assert tensors["pair"].tolist() == list(range(start, start + len(rows)))
         assert tensors["group"].tolist() == [row["group"] for row in rows]
         assert [("train", "dev", "test")[i] for i in tensors["split"]] == [r["split"] for r in rows]
@@ -385,18 +466,18 @@ def test_a_shard_repeats_what_pairs_jsonl_says(sharded):
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
 def test_the_lengths_in_a_shard_are_those_of_the_responses_alone(side, sharded):
     tokenizer = tiny.make_tokenizer()
-    for _, _, rows, tensors, _ in opened_shards(sharded[0]):
+    for _, rows, tensors, _ in opened_shards(sharded[0]):
         alone = [tokenizer(row[side], add_special_tokens=False)["input_ids"] for row in rows]
         assert tensors[f"{side}_tokens"].tolist() == [len(ids) for ids in alone]
 
 
 def test_the_metadata_of_a_shard_is_one_key_of_sorted_json_that_names_its_parent(sharded):
     run, _ = sharded
-    for _, layer, _, _, raw in opened_shards(run):
+    for path, _, _, raw in opened_shards(run):
         meta = json.loads(raw["sparserm"])
         assert list(raw) == ["sparserm"] and raw["sparserm"] == json.dumps(meta, sort_keys=True)
         assert meta["parent"] == {"pairs": stage1.file_hash(run / "pairs.jsonl")}
-        assert meta["layer"] == layer
+        assert path.name.startswith(f"layer{meta['layer']}-{meta['token']}-")
 
 
 def test_a_row_of_pairs_jsonl_has_the_columns_of_the_contract(sharded):
@@ -406,13 +487,17 @@ def test_a_row_of_pairs_jsonl_has_the_columns_of_the_contract(sharded):
 
 
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
-def test_layers_and_shards_of_one_run_hold_what_each_text_gives_alone(side, sharded, backbone_of):
+def test_the_shards_of_one_run_hold_what_each_text_gives_alone(side, sharded, backbone_of):
     backbone = backbone_of("gemma2")
-    for _, layer, rows, tensors, _ in opened_shards(sharded[0]):
+    for _, rows, tensors, raw in opened_shards(sharded[0]):
+        meta = json.loads(raw["sparserm"])
         for row, vector in zip(rows, tensors[side], strict=True):
-            ids = chat.render(backbone.tokenizer, row["prompt"], row[side]).ids
-            [states] = backbone.forward_to([layer], input_ids=torch.tensor([ids]))
-            alone = states[0, -1]
+            text = chat.render(backbone.tokenizer, row["prompt"], row[side])
+            ids = torch.tensor([text.ids])
+            [states] = backbone.forward_to([meta["layer"]], input_ids=ids)
+            alone = states[0, text.first:text.last].mean(0)
+            if meta["token"] == "last":
+                alone = states[0, -1]
             assert (vector - alone).norm() < 1e-4 * alone.norm()
 
 
@@ -452,10 +537,10 @@ def test_rendered_texts_come_back_in_order_also_where_more_are_added_meanwhile()
 def cut(sharded, tmp_path, monkeypatch):
     """The sharded run as a kill leaves it: a shard missing, one cut short, a file half written."""
     run = shutil.copytree(sharded[0], tmp_path / "run")
-    (run / "activations/layer0-00001-of-00003.safetensors").unlink()
-    short = run / "activations/layer2-00002-of-00003.safetensors"
+    (run / "activations/layer0-mean-00001-of-00003.safetensors").unlink()
+    short = run / "activations/layer2-last-00002-of-00003.safetensors"
     short.write_bytes(short.read_bytes()[:900])
-    (run / "activations/.layer2-00002-of-00003.safetensors.77.part").write_bytes(b"half")
+    (run / "activations/.layer2-last-00002-of-00003.safetensors.77.part").write_bytes(b"half")
     monkeypatch.setattr(stage1, "SHARD_PAIRS", 8)
     return run
 
@@ -490,23 +575,77 @@ def test_a_complete_run_does_not_open_the_model(sharded, tmp_path, monkeypatch):
     assert bytes_of(run) == bytes_of(sharded[0])
 
 
+# ---------------------------------------------------------------- a folder that is in use
+
+@pytest.fixture(scope="module")
+def used(tmp_path_factory, folder_of):
+    """A run of 20 pairs on layer 0, and the arguments that made it, up to the folder."""
+    run = tmp_path_factory.mktemp("used") / "run"
+    pairs = tiny.save_pairs(run.parent / "pairs.jsonl", 20)
+    args = ["--model", folder_of("gemma2"), "--pairs", pairs, "--layer", 0, "--run"]
+    succeed("01_extract", *args, run)
+    return run, args
+
+
 CHANGES = {
-    "token": ["--token", "content"],
     "length": ["--max-length", 60],
     "seed": ["--seed", 1],
     "shares": ["--split", "0.5,0.2,0.3"],
+    "pairs": ["--limit", 19],
+    "dtype": ["--dtype", "bfloat16"],
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_shards_made_with_other_settings_are_computed_again(change, sharded, tmp_path):
-    run, args = sharded
+def test_other_settings_in_a_folder_in_use_are_refused_and_nothing_touched(change, used, tmp_path):
+    run = shutil.copytree(used[0], tmp_path / "again")
+    result = command("01_extract", *used[1], run, *CHANGES[change])
+    assert_one_line_error(result, run, "--overwrite")
+    assert bytes_of(run) == bytes_of(used[0])
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_with_overwrite_a_folder_in_use_is_as_if_it_were_new(change, used, tmp_path):
+    args = used[1]
     fresh = tmp_path / "fresh"
-    again = shutil.copytree(run, tmp_path / "again")
-    for folder in (fresh, again):
-        out = succeed("01_extract", *args, folder, *CHANGES[change])
-        assert "2 computed, 0 found complete" in out
+    again = shutil.copytree(used[0], tmp_path / "again")
+    succeed("01_extract", *args, fresh, *CHANGES[change])
+    out = succeed("01_extract", *args, again, *CHANGES[change], "--overwrite")
+    assert "1 computed, 0 found complete" in out
     assert bytes_of(fresh) == bytes_of(again)
+    assert bytes_of(fresh) != bytes_of(used[0])
+
+
+def test_the_error_says_which_setting_is_another(used, tmp_path):
+    run = shutil.copytree(used[0], tmp_path / "again")
+    result = command("01_extract", *used[1], run, "--max-length", 60)
+    assert_one_line_error(result, "max_length 2048", "max_length 60")
+
+
+def test_overwrite_does_not_compute_again_what_is_the_same(used, tmp_path):
+    run = shutil.copytree(used[0], tmp_path / "again")
+    out = succeed("01_extract", *used[1], run, "--overwrite")
+    assert "0 computed, 1 found complete" in out
+
+
+@pytest.mark.parametrize("more", [["--token", "last"], ["--layer", 2]])
+def test_another_rule_or_layer_is_written_beside_what_is_there(more, used, tmp_path):
+    run = shutil.copytree(used[0], tmp_path / "again")
+    succeed("01_extract", *used[1], run, *more)
+    before = bytes_of(used[0])
+    after = bytes_of(run)
+    assert before.items() <= after.items()
+    assert len(after) == len(before) + 1
+
+
+@pytest.mark.parametrize("flag", ["--run", "--pairs"])
+def test_the_run_and_the_pairs_have_to_be_named(flag, used, tmp_path, capsys):
+    args = [*used[1], tmp_path / "run"]
+    at = args.index(flag)
+    with argv(*args[:at], *args[at + 2:]), pytest.raises(SystemExit) as stopped:
+        stage1.main()
+    assert stopped.value.code == 2
+    assert f"required: {flag}" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- processes, memory, devices
@@ -527,20 +666,19 @@ def test_two_processes_of_torchrun_write_the_bytes_that_this_one_writes(tmp_path
     assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
 
 
-@pytest.fixture
-def own_backbone(folder_of):
-    """A backbone whose budget a test may change."""
-    return stage1.load_backbone(folder_of("llama"))
-
-
 def texts_of(count, length):
     """Texts whose last token is read."""
     return [chat.Text(some_ids(length, seed), 3, length - 1, length - 1) for seed in range(count)]
 
 
+def last_states(backbone, texts):
+    """What rule `last` reads at block 1, [n, d]."""
+    return stage1.residuals(backbone, texts, [1], ["last"])[1, "last"]
+
+
 def test_out_of_memory_halves_the_tokens_of_a_pass_and_goes_on(own_backbone, monkeypatch, capsys):
     texts = texts_of(40, 30)
-    wanted = stage1.residuals(own_backbone, texts, [1], "last")
+    wanted = last_states(own_backbone, texts)
     forward_to = stage1.forward_to
 
     def small(model, blocks, layers, **inputs):
@@ -549,7 +687,7 @@ def test_out_of_memory_halves_the_tokens_of_a_pass_and_goes_on(own_backbone, mon
         return forward_to(model, blocks, layers, **inputs)
 
     monkeypatch.setattr(stage1, "forward_to", small)
-    found = stage1.residuals(own_backbone, texts, [1], "last")
+    found = last_states(own_backbone, texts)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     assert own_backbone.budget == 128
     assert capsys.readouterr().out.count("out of memory") == 2              # 512 → 256 → 128
@@ -561,14 +699,14 @@ def test_out_of_memory_with_one_text_a_pass_is_an_error(own_backbone, monkeypatc
 
     monkeypatch.setattr(stage1, "forward_to", full)
     with pytest.raises(stage1.UserError, match="out of memory even with one text"):
-        stage1.residuals(own_backbone, texts_of(2, 9), [1], "last")
+        last_states(own_backbone, texts_of(2, 9))
 
 
 def test_device_map_auto_gives_the_same_states(backbone_of, folder_of):
     texts = texts_of(3, 20)
     spread = stage1.load_backbone(folder_of("gemma2"), device_map="auto")
-    wanted = stage1.residuals(backbone_of("gemma2"), texts, [1], "last")
-    assert torch.equal(stage1.residuals(spread, texts, [1], "last"), wanted)
+    wanted = last_states(backbone_of("gemma2"), texts)
+    assert torch.equal(last_states(spread, texts), wanted)
 
 
 @pytest.fixture
@@ -585,9 +723,9 @@ def on_disk(folder_of, tmp_path):
 
 def test_blocks_on_the_disk_give_the_same_states(backbone_of, on_disk):
     texts = texts_of(3, 20)
-    wanted = stage1.residuals(backbone_of("gemma2"), texts, [1], "last")
+    wanted = last_states(backbone_of("gemma2"), texts)
     assert on_disk.pack == "tree"
-    assert torch.equal(stage1.residuals(on_disk, texts, [1], "last"), wanted)
+    assert torch.equal(last_states(on_disk, texts), wanted)
 
 
 def test_blocks_on_the_disk_are_left_out_of_what_tells_a_model_apart(backbone_of, on_disk):

@@ -21,6 +21,9 @@ stage2 = importlib.import_module("02_select_features")
 TRAIN, DEV, TEST = range(3)
 N, WIDTH, D_SAE = 30, 12, 20
 SPLIT = torch.tensor(([TRAIN] * 7 + [DEV] + [TEST] * 2) * 3, dtype=torch.uint8)
+# 20 prompts, not in order; the last ten pairs have those of the first ten
+GROUP = torch.tensor([n % 20 * 7 % 20 for n in range(N)])
+EPS = 0.25                  # of the model's norm: large enough to be seen
 
 
 def draw(*shape, seed):
@@ -30,25 +33,28 @@ def draw(*shape, seed):
 
 CHOSEN = draw(N, WIDTH, seed=10) + 0.3
 REJECTED = draw(N, WIDTH, seed=11)
+SIDES = [("chosen", CHOSEN), ("rejected", REJECTED)]
 
 
-def save_activations(run, chosen, rejected, split=SPLIT, layer=1, shard=18):
+def save_activations(run, chosen, rejected, split=SPLIT, layer=1, token="mean", shard=18):
     """A run as stage 1 leaves it, with these vectors, in shards of `shard` pairs → the run."""
     n = len(split)
     number = torch.arange(n)
     rows = [json.dumps({"id": str(i)}) + "\n" for i in range(n)]
     write_text(run / "pairs.jsonl", "".join(rows))
     columns = {
-        "chosen": chosen, "rejected": rejected, "pair": number, "group": number * 7 + 1,
+        "chosen": chosen, "rejected": rejected, "pair": number, "group": GROUP,
         "split": split, "chosen_tokens": number.int() + 2, "rejected_tokens": number.int() + 3,
     }
     parent = {"pairs": stage1.file_hash(run / "pairs.jsonl")}
-    meta = {"stage": "extract", "model": "m", "layer": layer, "token": "last", "parent": parent}
+    meta = {"stage": "extract", "model": "m", "layer": layer, "token": token, "norm_eps": EPS,
+            "parent": parent}
 
     starts = range(0, n, shard)
     for place, start in enumerate(starts):
         part = {name: column[start:start + shard] for name, column in columns.items()}
-        stage1.save_stage(stage1.shard_path(run, layer, place, len(starts)), part, meta)
+        path = stage1.shard_path(run, layer, token, place, len(starts))
+        stage1.save_stage(path, part, meta)
     return run
 
 
@@ -88,6 +94,35 @@ def select(run, *args, sae="sae.safetensors"):
     return tensors, meta, out
 
 
+# ---------------------------------------------------------------- folds
+
+def test_groups_are_dealt_to_the_folds_in_turn_in_sorted_order():
+    group = torch.tensor([50, 20, 90, 20, 70, 10, 99])
+    usable = torch.tensor([True, True, True, True, True, False, True])
+    # sorted, without 10: 20, 50, 70, 90, 99
+    assert stage2.folds_of(group, usable, folds=3).tolist() == [1, 0, 0, 0, 2, -1, 1]
+
+
+GROUPS = st.lists(st.tuples(st.integers(0, 2**48), st.booleans()), min_size=1, max_size=40)
+
+
+@given(GROUPS, st.data())
+def test_the_pairs_of_one_prompt_are_in_one_fold(pairs, data):
+    again = data.draw(st.lists(st.sampled_from(pairs), max_size=40))
+    group, usable = (torch.tensor(column) for column in zip(*pairs, *again))
+    folds = {}
+    for number, fold in zip(group[usable].tolist(), stage2.folds_of(group, usable)[usable]):
+        folds.setdefault(number, set()).add(int(fold))
+    assert all(len(found) == 1 for found in folds.values())
+
+
+def test_the_file_deals_the_prompts_of_train_and_dev_to_five_folds(run):
+    t, _, _ = select(run)
+    prompts = sorted({int(GROUP[n]) for n in range(N) if SPLIT[n] != TEST})
+    wanted = [prompts.index(GROUP[n]) % 5 if SPLIT[n] != TEST else -1 for n in range(N)]
+    assert t["fold"].tolist() == wanted
+
+
 # ---------------------------------------------------------------- selection
 
 def fires(sae, z, j):
@@ -98,26 +133,56 @@ def fires(sae, z, j):
     return total > 0
 
 
-def naive_frequencies(sae, side):
-    """Share of the train rows of one side in which each latent fires → list of d_sae floats."""
-    train = [n for n in range(N) if SPLIT[n] == TRAIN]
-    return [sum(fires(sae, side[n], j) for n in train) / len(train) for j in range(D_SAE)]
+USABLE = [n for n in range(N) if SPLIT[n] != TEST]
 
 
-def test_frequencies_are_those_of_a_naive_double_loop(run, sae):
+def naive_counts(sae, side, rows):
+    """In how many of these rows of one side each latent fires → list of d_sae ints."""
+    return [sum(fires(sae, side[n], j) for n in rows) for j in range(D_SAE)]
+
+
+@pytest.mark.parametrize("side, z", SIDES)
+def test_frequencies_are_those_of_a_naive_double_loop(side, z, run, sae):
     t, _, _ = select(run)
-    assert t["frequency_chosen"].tolist() == pytest.approx(naive_frequencies(sae, CHOSEN))
-    assert t["frequency_rejected"].tolist() == pytest.approx(naive_frequencies(sae, REJECTED))
+    wanted = [count / len(USABLE) for count in naive_counts(sae, z, USABLE)]
+    assert t[f"frequency_{side}"].tolist() == pytest.approx(wanted)
 
 
 def test_latents_are_the_k_that_separate_most_on_each_side(run, sae):
     t, meta, _ = select(run, "--k", 3)
-    sides = naive_frequencies(sae, CHOSEN), naive_frequencies(sae, REJECTED)
-    difference = [round(chosen - rejected, 6) for chosen, rejected in zip(*sides)]
+    sides = naive_counts(sae, CHOSEN, USABLE), naive_counts(sae, REJECTED, USABLE)
+    difference = [chosen - rejected for chosen, rejected in zip(*sides)]
     falling = sorted(range(D_SAE), key=lambda j: (-difference[j], j))
     rising = sorted(range(D_SAE), key=lambda j: (difference[j], j))
     assert t["latents"].tolist() == falling[:3] + rising[:3]
     assert meta["k"] == 3
+
+
+@pytest.mark.parametrize("left_out", [(), (1,), (0, 3)])
+def test_frequencies_without_some_folds_are_those_of_a_naive_loop(left_out, run, sae):
+    t, _, _ = select(run)
+    paths, _ = stage2.shard_files(run)
+    counts = stage2.firing_counts(sae, stage2.read_chunks(paths, 7), t["fold"])
+    found = stage2.frequencies(counts, t["fold"], left_out)
+    rows = [n for n in USABLE if int(t["fold"][n]) not in left_out]
+    for side, z in zip(found, (CHOSEN, REJECTED), strict=True):
+        wanted = [count / len(rows) for count in naive_counts(sae, z, rows)]
+        assert side.tolist() == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("k", [3, 1000])
+def test_a_fold_has_the_latents_that_are_selected_without_its_pairs(k, run, sae):
+    t, meta, _ = select(run, "--k", k)
+    sides = []
+    for fold in range(5):
+        rows = [n for n in USABLE if t["fold"][n] != fold]
+        counts = [torch.tensor(naive_counts(sae, z, rows)) for z in (CHOSEN, REJECTED)]
+        latents = stage2.select_latents(counts[0] / len(rows), counts[1] / len(rows), k)
+        sides.append(latents.view(2, -1))
+    kept = min(latents.shape[1] for latents in sides)       # as many as separate in all five
+    assert meta["search_k"] == kept
+    for latents, found in zip(sides, t["search_latents"], strict=True):
+        assert found.tolist() == latents[:, :kept].flatten().tolist()
 
 
 COUNTS = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), min_size=1, max_size=30)
@@ -157,12 +222,71 @@ def dot(a, b):
     return sum(float(x) * float(y) for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("side, z", [("chosen", CHOSEN), ("rejected", REJECTED)])
-def test_scores_project_the_raw_hidden_state_and_not_the_activation(side, z, run, sae):
-    t, _, _ = select(run, "--k", 4)
-    by_hand = [[dot(z[n], sae.W_dec[j]) for j in t["latents"]] for n in range(N)]
+def by_root_mean_square(z):
+    """z, divided by the root of the mean of its squares and eps."""
+    return [float(x) / (dot(z, z) / len(z) + EPS) ** 0.5 for x in z]
+
+
+HOW = {"none": list, "rms": by_root_mean_square}
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("side, z", SIDES)
+def test_scores_project_the_hidden_state_and_not_the_activation(side, z, how, run, sae):
+    t, _, _ = select(run, "--k", 4, "--normalise", how)
+    read = [HOW[how](z[n]) for n in range(N)]
+    by_hand = [[dot(read[n], sae.W_dec[j]) for j in t["latents"]] for n in range(N)]
     torch.testing.assert_close(t[side], torch.tensor(by_hand), rtol=1e-4, atol=1e-4)
     assert (t[side] < 0).any()          # no activation of a ReLU is
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("side, z", SIDES)
+def test_the_scores_to_search_on_are_those_of_all_that_a_fold_has(side, z, how, run, sae):
+    t, _, _ = select(run, "--k", 3, "--normalise", how)
+    union = sorted({int(j) for latents in t["search_latents"] for j in latents})
+    assert t["search_union"].tolist() == union
+    assert t["search_pair"].tolist() == USABLE
+    read = [HOW[how](z[n]) for n in USABLE]
+    by_hand = [[dot(row, sae.W_dec[j]) for j in union] for row in read]
+    found = t[f"search_{side}"]
+    torch.testing.assert_close(found, torch.tensor(by_hand), rtol=1e-4, atol=1e-4)
+
+
+def test_normalised_scores_are_of_the_same_latents(run):
+    plain, _, _ = select(run, "--k", 4)
+    scaled, meta, _ = select(run, "--k", 4, "--normalise", "rms")
+    for name in ("latents", "search_latents", "frequency_chosen", "frequency_rejected"):
+        assert torch.equal(plain[name], scaled[name]), name
+    assert (meta["normalise"], meta["norm_eps"]) == ("rms", EPS)
+
+
+def test_of_many_pairs_those_of_the_first_prompts_by_hash_are_searched_on(run, monkeypatch):
+    whole, _, _ = select(run, "--k", 3)
+    monkeypatch.setattr(stage2, "SEARCH_PAIRS", 9)
+    (run / "features.safetensors").unlink()
+    with tiny.argv("--run", run, "--sae", run.parent / "sae.safetensors", "--k", 3):
+        stage2.main()
+    t, _ = stage1.load_stage(run / "features.safetensors")
+
+    by_hash = sorted(USABLE, key=lambda n: (int(GROUP[n]), n))
+    assert t["search_pair"].tolist() == sorted(by_hash[:9])
+    rows = [USABLE.index(n) for n in t["search_pair"]]
+    for side in ("search_chosen", "search_rejected"):
+        torch.testing.assert_close(t[side], whole[side][rows])
+
+
+def of_few_prompts(count):
+    """A split with so many prompts to train on: all others are of test."""
+    return torch.where(torch.arange(N) % 20 < count, TRAIN, TEST).to(torch.uint8)
+
+
+@pytest.mark.parametrize("prompts, searched", [(9, False), (10, True)])
+def test_there_is_something_to_search_on_from_ten_prompts_on(prompts, searched, run):
+    split = of_few_prompts(prompts)
+    t, meta, _ = select(save_activations(run, CHOSEN, REJECTED, split=split), "--k", 3)
+    assert ({name for name in t if name.startswith("search")} == set()) is not searched
+    assert (meta["search_k"] > 0) is searched
 
 
 def test_directions_are_the_decoder_rows_of_the_latents(run, sae):
@@ -170,15 +294,14 @@ def test_directions_are_the_decoder_rows_of_the_latents(run, sae):
     assert torch.equal(t["directions"], sae.W_dec[t["latents"]])
 
 
-def test_mean_and_std_are_those_of_both_sides_of_the_train_pairs(run):
+def test_mean_and_std_are_those_of_both_sides_of_the_train_and_dev_pairs(run):
     t, _, _ = select(run, "--k", 4)
-    train = SPLIT.numpy() == TRAIN
-    scores = np.concatenate([t[side].numpy()[train] for side in ("chosen", "rejected")])
+    scores = np.concatenate([t[side].numpy()[USABLE] for side in ("chosen", "rejected")])
     np.testing.assert_allclose(t["mean"], scores.mean(0), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(t["std"], scores.std(0), rtol=1e-4)
 
 
-def test_standardisation_sees_train_rows_only():
+def test_standardisation_sees_the_rows_that_are_named():
     side = torch.arange(50.0)[:, None]
     mean, std = stage2.standardisation((side, side + 1), torch.arange(50) < 40)
     train = np.concatenate([np.arange(40), np.arange(1, 41)])
@@ -214,18 +337,30 @@ def test_bfloat16_activations_are_projected_in_float32(run, sae):
 
 # ---------------------------------------------------------------- what may be looked at
 
-def test_dev_and_test_pairs_touch_neither_selection_nor_mean_nor_std(run):
+def test_test_pairs_touch_nothing_but_their_own_scores(run):
     before, meta, _ = select(run, "--k", 5)
-    outside = (SPLIT != TRAIN)[:, None]
-    chosen = torch.where(outside, 1e4 * draw(N, WIDTH, seed=20), CHOSEN)
-    rejected = torch.where(outside, 1e4 * draw(N, WIDTH, seed=21), REJECTED)
+    of_test = (SPLIT == TEST)[:, None]
+    chosen = torch.where(of_test, 1e4 * draw(N, WIDTH, seed=20), CHOSEN)
+    rejected = torch.where(of_test, 1e4 * draw(N, WIDTH, seed=21), REJECTED)
     after, corrupted, _ = select(save_activations(run, chosen, rejected), "--k", 5)
 
-    of_train = ("latents", "directions", "frequency_chosen", "frequency_rejected", "mean", "std")
-    for name in of_train:
-        assert torch.equal(before[name], after[name]), name
     assert meta["health"] == corrupted["health"]
-    assert not torch.equal(before["chosen"], after["chosen"])
+    for name, tensor in before.items():
+        rows = slice(None)
+        if name in ("chosen", "rejected"):
+            rows = USABLE
+            assert not torch.equal(tensor, after[name])
+        assert torch.equal(tensor[rows], after[name][rows]), name
+
+
+@pytest.mark.parametrize("split", [TRAIN, DEV])
+def test_pairs_of_train_and_dev_are_both_learnt_from(split, run):
+    before, meta, _ = select(run, "--k", 5)
+    rejected = torch.where((SPLIT == split)[:, None], draw(N, WIDTH, seed=21), REJECTED)
+    after, changed, _ = select(save_activations(run, CHOSEN, rejected), "--k", 5)
+    for name in ("frequency_rejected", "mean", "std"):
+        assert not torch.equal(before[name], after[name]), name
+    assert meta["health"] != changed["health"]
 
 
 def test_chunks_have_the_rows_asked_for_and_end_with_their_shard(run):
@@ -245,8 +380,9 @@ def test_how_the_pairs_are_cut_into_shards_does_not_matter(run, tmp_path):
 # ---------------------------------------------------------------- the file
 
 def test_the_file_holds_the_tensors_of_the_contract(run):
-    t, _, _ = select(run, "--k", 3)
+    t, meta, _ = select(run, "--k", 3)
     found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in t.items()}
+    m, union = len(USABLE), len(t["search_union"])
     assert found == {
         "latents": ((6,), torch.int64),
         "directions": ((6, WIDTH), torch.float32),
@@ -256,21 +392,45 @@ def test_the_file_holds_the_tensors_of_the_contract(run):
         "frequency_rejected": ((D_SAE,), torch.float32),
         "chosen": ((N, 6), torch.float32),
         "rejected": ((N, 6), torch.float32),
+        "fold": ((N,), torch.int8),
         "pair": ((N,), torch.int64),
         "group": ((N,), torch.int64),
         "split": ((N,), torch.uint8),
         "chosen_tokens": ((N,), torch.int32),
         "rejected_tokens": ((N,), torch.int32),
+        "search_latents": ((5, 2 * meta["search_k"]), torch.int64),
+        "search_union": ((union,), torch.int64),
+        "search_pair": ((m,), torch.int64),
+        "search_chosen": ((m, union), torch.float32),
+        "search_rejected": ((m, union), torch.float32),
     }
 
 
 def test_what_stage_1_said_of_each_pair_is_carried_over(run):
     t, _, _ = select(run)
     assert torch.equal(t["split"], SPLIT)
+    assert torch.equal(t["group"], GROUP)
     assert t["pair"].tolist() == list(range(N))
-    assert t["group"].tolist() == [7 * n + 1 for n in range(N)]
     assert t["chosen_tokens"].tolist() == [n + 2 for n in range(N)]
     assert t["rejected_tokens"].tolist() == [n + 3 for n in range(N)]
+
+
+def test_features_with_a_name_are_written_beside_those_without(run):
+    select(run, "--k", 3)
+    before = (run / "features.safetensors").read_bytes()
+    succeed("02_select_features", "--run", run, "--sae", run.parent / "sae.safetensors",
+            "--k", 4, "--name", "other")
+    assert (run / "features.safetensors").read_bytes() == before
+    named = (run / "other/features.safetensors").read_bytes()
+    select(run, "--k", 4)
+    assert (run / "features.safetensors").read_bytes() == named
+
+
+def test_the_later_stages_read_the_features_of_a_name_where_it_has_some(tmp_path):
+    assert stage2.features_path(tmp_path) == tmp_path / "features.safetensors"
+    assert stage2.features_path(tmp_path, "x") == tmp_path / "features.safetensors"
+    write_text(tmp_path / "x/features.safetensors", "")
+    assert stage2.features_path(tmp_path, "x") == tmp_path / "x/features.safetensors"
 
 
 def test_the_metadata_is_one_key_of_sorted_json(run):
@@ -297,9 +457,9 @@ def test_the_same_inputs_give_the_same_bytes(run):
     assert (run / "features.safetensors").read_bytes() == first
 
 
-def test_the_health_figures_are_those_of_the_train_responses(run, sae):
+def test_the_health_figures_are_those_of_the_train_and_dev_responses(run, sae):
     _, meta, _ = select(run)
-    z = torch.cat([CHOSEN[SPLIT == TRAIN], REJECTED[SPLIT == TRAIN]])
+    z = torch.cat([CHOSEN[USABLE], REJECTED[USABLE]])
     f = torch.relu((z - sae.b_dec) @ sae.W_enc + sae.b_enc)
     error = (f @ sae.W_dec + sae.b_dec - z).square().sum()
     variance = (z - z.mean(0)).square().sum()
@@ -369,13 +529,13 @@ def test_a_cut_shard_is_refused(run):
 def test_a_shard_of_another_run_is_refused(run):
     first, second = sorted((run / "activations").iterdir())
     tensors, meta = stage1.load_stage(first)
-    stage1.save_stage(second, tensors, {**meta, "token": "mean"})
+    stage1.save_stage(second, tensors, {**meta, "model": "other"})
     refused(run, "different runs")
 
 
 def test_a_copy_of_a_shard_under_another_name_is_not_read_twice(run):
     shard = min((run / "activations").iterdir())
-    shard.with_name("layer1-copy.safetensors").write_bytes(shard.read_bytes())
+    shard.with_name("layer1-mean-copy.safetensors").write_bytes(shard.read_bytes())
     refused(run, "activations")
 
 
@@ -385,21 +545,29 @@ def test_pairs_that_are_not_those_of_the_activations_are_refused(run):
     refused(run, "pairs.jsonl", "01_extract.py")
 
 
-def test_of_several_layers_one_has_to_be_named(run):
-    save_activations(run, CHOSEN + 1, REJECTED, layer=3)
-    refused(run, "[1, 3]", "--layer")
+SECOND = {"layer": (3, "1, 3", 2), "token": ("last", "last, mean", "eot")}
 
 
-def test_a_layer_that_was_not_extracted_is_refused_and_those_there_are_named(run):
-    save_activations(run, CHOSEN + 1, REJECTED, layer=3)
-    refused(run, "layer 2", "[1, 3]", args=["--layer", 2])
+@pytest.mark.parametrize("what", SECOND)
+def test_of_several_layers_or_token_rules_one_has_to_be_named(what, run):
+    second, there, _ = SECOND[what]
+    save_activations(run, CHOSEN + 1, REJECTED, **{what: second})
+    refused(run, f"several values of --{what}: {there}")
 
 
-def test_the_layer_that_is_named_is_the_one_that_is_read(run):
+@pytest.mark.parametrize("what", SECOND)
+def test_what_was_not_extracted_is_refused_and_what_is_there_named(what, run):
+    second, there, missing = SECOND[what]
+    save_activations(run, CHOSEN + 1, REJECTED, **{what: second})
+    refused(run, f"--{what} {missing} was not extracted", there, args=[f"--{what}", missing])
+
+
+@pytest.mark.parametrize("what, first", [("layer", 1), ("token", "mean")])
+def test_the_layer_or_token_rule_that_is_named_is_the_one_that_is_read(what, first, run):
     alone, _, _ = select(run)
-    save_activations(run, CHOSEN + 1, REJECTED, layer=3)
-    t, meta, _ = select(run, "--layer", 1)
-    assert meta["layer"] == 1
+    save_activations(run, CHOSEN + 1, REJECTED, **{what: SECOND[what][0]})
+    t, meta, _ = select(run, f"--{what}", first)
+    assert meta[what] == first
     assert torch.equal(t["chosen"], alone["chosen"])
 
 
@@ -407,6 +575,6 @@ def test_sides_that_are_the_same_leave_nothing_to_select(run):
     refused(save_activations(run, CHOSEN, CHOSEN.clone()), "no latent fires more often")
 
 
-def test_without_train_pairs_there_is_nothing_to_select_from(run):
-    all_dev = torch.full_like(SPLIT, DEV)
-    refused(save_activations(run, CHOSEN, REJECTED, split=all_dev), "train split")
+def test_where_all_pairs_are_of_test_there_is_nothing_to_select_from(run):
+    all_test = torch.full_like(SPLIT, TEST)
+    refused(save_activations(run, CHOSEN, REJECTED, split=all_test), "train split")

@@ -13,16 +13,17 @@ import pytest
 import tiny
 import torch
 from safetensors import safe_open
-from scipy.optimize import approx_fprime, linprog, minimize
+from scipy.optimize import approx_fprime, minimize
 from tiny import assert_one_line_error, command, succeed
 
 from parts.chat import Text
 from parts.files import read_meta
 
 stage1 = importlib.import_module("01_extract")
+stage2 = importlib.import_module("02_select_features")
 stage3 = importlib.import_module("03_train_head")
 self_check = importlib.import_module("tools.self_check")
-TRAIN, DEV, TEST = range(3)
+TEST = stage1.TEST
 
 
 def draw(*shape, seed):
@@ -37,11 +38,11 @@ def accuracy_of(head, chosen, rejected):
 
 # ---------------------------------------------------------------- the losses
 
-def test_bradley_terry_is_the_mean_of_minus_log_sigmoid():
+def test_bradley_terry_is_minus_log_sigmoid_of_each_pair():
     chosen, rejected = torch.tensor([2.0, 0.5]), torch.tensor([2.0, -0.5])
     # Δ = 0: -log(1/2) = 0.693147 · Δ = 1: log(1 + e^-1) = 0.313262
-    by_hand = (0.693147 + 0.313262) / 2
-    assert stage3.bradley_terry_loss(chosen, rejected) == pytest.approx(by_hand, abs=1e-6)
+    found = stage3.bradley_terry_loss(chosen, rejected)
+    assert found.tolist() == pytest.approx([0.693147, 0.313262], abs=1e-6)
 
 
 def test_bradley_terry_does_not_overflow():
@@ -52,23 +53,52 @@ def test_bradley_terry_does_not_overflow():
 def test_the_margin_loss_is_zero_beyond_the_margin_and_linear_below(margin, of_each):
     chosen, rejected = torch.tensor([2.0, 0.5, 1.0]), torch.tensor([0.0, 1.0, 0.5])
     assert (chosen - rejected).tolist() == [2, -0.5, 0.5]
-    assert stage3.margin_loss(chosen, rejected, margin) == pytest.approx(sum(of_each) / 3)
+    assert stage3.margin_loss(chosen, rejected, margin).tolist() == pytest.approx(of_each)
+
+
+@pytest.mark.parametrize("margin", [1.0, 3.0])
+def test_the_corner_of_the_margin_loss_is_a_parabola_over_a_tenth_of_the_margin(margin):
+    short = margin * torch.tensor([-0.06, -0.05, 0.0, 0.05, 0.06])          # of the margin
+    # at 0: 0.05² / (4 · 0.05) = 0.0125 · at 0.05: 0.1² / (4 · 0.05) = 0.05
+    by_hand = [0, 0, 0.0125 * margin, 0.05 * margin, 0.06 * margin]
+    found = stage3.margin_loss(margin - short, torch.zeros(5), margin)
+    assert found.tolist() == pytest.approx(by_hand, abs=1e-6)
 
 
 def test_bce_takes_each_response_by_itself():
     # chosen at 0: log 2 = 0.693147 · rejected at 1: log(1 + e) = 1.313262
     by_hand = (0.693147 + 1.313262) / 2
-    found = stage3.bce_loss(torch.tensor([0.0]), torch.tensor([1.0]))
-    assert found == pytest.approx(by_hand, abs=1e-6)
+    found = stage3.bce_loss(torch.tensor([0.0, 0.0]), torch.tensor([1.0, 0.0]))
+    assert found.tolist() == pytest.approx([by_hand, 0.693147], abs=1e-6)
 
 
 def test_the_gradient_of_bradley_terry_is_that_of_its_formula():
     chosen, rejected = draw(6, seed=0).requires_grad_(), draw(6, seed=1).requires_grad_()
-    stage3.bradley_terry_loss(chosen, rejected).backward()
+    stage3.bradley_terry_loss(chosen, rejected).sum().backward()
     differences = (chosen - rejected).tolist()
-    by_hand = torch.tensor([-1 / (1 + math.exp(d)) for d in differences]) / 6      # -σ(-Δ) / n
+    by_hand = torch.tensor([-1 / (1 + math.exp(d)) for d in differences])       # -σ(-Δ)
     torch.testing.assert_close(chosen.grad, by_hand)
     torch.testing.assert_close(rejected.grad, -by_hand)
+
+
+CURVES = {
+    "bt": (stage3.bradley_terry_curve, 1.0),
+    "margin 0.5": (stage3.margin_curve(0.5), 0.5),
+    "margin 2": (stage3.margin_curve(2.0), 2.0),
+}
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_the_derivatives_of_a_curve_are_its_differences(name):
+    curve, margin = CURVES[name]
+    t = torch.linspace(margin - 3, margin + 3, 1000, dtype=torch.float64)       # beside the corners
+    step = 1e-6
+    value, slope, bend = curve(t)
+    above, below = curve(t + step), curve(t - step)
+    torch.testing.assert_close((above[0] - below[0]) / (2 * step), slope, atol=1e-6, rtol=0)
+    torch.testing.assert_close((above[1] - below[1]) / (2 * step), bend, atol=1e-4, rtol=0)
+    pair_loss = stage3.loss_named(name.split()[0], margin)
+    torch.testing.assert_close(value, pair_loss(t, torch.zeros_like(t)))
 
 
 # ---------------------------------------------------------------- the heads
@@ -79,7 +109,7 @@ def test_a_linear_head_is_a_weighted_sum_and_a_bias():
 
 
 def test_an_mlp_head_is_what_a_loop_over_its_hidden_units_gives():
-    head = stage3.start_head(3, "mlp", hidden=5).requires_grad_(False)
+    head = stage3.MLPHead(3, hidden=5).requires_grad_(False)
     head.b2.fill_(0.7)
     x = draw(4, 3, seed=1)
     for row in x:
@@ -91,154 +121,362 @@ def test_an_mlp_head_is_what_a_loop_over_its_hidden_units_gives():
 
 
 def test_a_linear_head_that_has_seen_no_pair_gives_rewards_of_0():
-    assert not stage3.start_head(4)(draw(5, 4, seed=0)).any()
+    assert not stage3.LinearHead(4)(draw(5, 4, seed=0)).any()
 
 
 def test_an_mlp_that_has_seen_no_pair_is_uniform_in_one_over_root_inputs():
-    mlp = stage3.start_head(400, "mlp", hidden=100)
+    mlp = stage3.MLPHead(400, hidden=100)
     for parameter, inputs in ((mlp.w1, 400), (mlp.b1, 400), (mlp.w2, 100)):
         limit = inputs ** -0.5
         assert 0.9 * limit < parameter.abs().max() <= limit
         assert parameter.min() < 0 < parameter.max()
 
 
-@pytest.mark.parametrize("kind", ["linear", "mlp"])
-def test_a_head_read_from_its_tensors_gives_the_same_rewards(kind):
-    head = stage3.start_head(6, kind, hidden=4).requires_grad_(False)
+@pytest.mark.parametrize("head", [stage3.LinearHead(6), stage3.MLPHead(6, hidden=4)],
+                         ids=["linear", "mlp"])
+def test_a_head_read_from_its_tensors_gives_the_same_rewards(head):
+    head.requires_grad_(False)
     for n, parameter in enumerate(head.parameters()):
         parameter.copy_(draw(*parameter.shape, seed=n))
     again = stage3.head_from(head.state_dict())
     x = draw(9, 6, seed=9)
-    assert again.kind == kind
+    assert again.kind == head.kind
     assert torch.equal(again(x), head(x))
     assert not again(x).requires_grad
 
 
 def test_the_mlp_of_the_paper_has_132097_parameters():
-    head = stage3.start_head(256, "mlp")
+    head = stage3.MLPHead(256)
     assert stage3.trained_parameters(head) == 256 * 512 + 512 + 512 + 1 == 132_097
 
 
 def test_a_linear_head_has_a_weight_a_direction_and_a_bias():
-    assert stage3.trained_parameters(stage3.start_head(256)) == 257
+    assert stage3.trained_parameters(stage3.LinearHead(256)) == 257
 
 
-def test_the_penalty_is_on_all_weights_and_on_no_bias():
-    linear, mlp = stage3.start_head(3), stage3.start_head(3, "mlp", hidden=2)
-    assert [id(weight) for weight in linear.weights()] == [id(linear.w1)]
-    assert [id(weight) for weight in mlp.weights()] == [id(mlp.w1), id(mlp.w2)]
-
-
-def test_the_output_bias_is_added_to_every_reward():
-    x = draw(5, 3, seed=0)
-    for kind in ("linear", "mlp"):
-        head = stage3.start_head(3, kind, hidden=2).requires_grad_(False)
-        before = head(x)
-        head.output_bias().add_(2.5)
-        torch.testing.assert_close(head(x), before + 2.5)
-
-
-# ---------------------------------------------------------------- what a trained head minimises
+# ---------------------------------------------------------------- a linear head
 
 LOSSES = [("bt", 1.0), ("margin", 0.5), ("margin", 2.0), ("bce", 1.0)]
+EVERY_LOSS = pytest.mark.parametrize("loss, margin", LOSSES)
+PENALTIES = [1.0, 0.1, 0.001]
 
 
 def naive_loss(name, margin, reward_chosen, reward_rejected):
-    """The loss in float64 NumPy."""
+    """The loss of each pair, in NumPy or in float64 torch, from its formula."""
+    xp = torch if isinstance(reward_chosen, torch.Tensor) else np
     difference = reward_chosen - reward_rejected
     if name == "bt":
-        return np.log1p(np.exp(-difference)).mean()
+        return xp.log1p(xp.exp(-difference))
     if name == "margin":
-        return np.maximum(0, margin - difference).mean()
-    of_chosen = np.log1p(np.exp(-reward_chosen)).mean()
-    of_rejected = np.log1p(np.exp(reward_rejected)).mean()
+        short, corner = margin - difference, margin / 20
+        parabola = (short + corner) ** 2 / (4 * corner)
+        return xp.where(short < -corner, 0 * short, xp.where(short > corner, short, parabola))
+    of_chosen, of_rejected = xp.log1p(xp.exp(-reward_chosen)), xp.log1p(xp.exp(reward_rejected))
     return (of_chosen + of_rejected) / 2
 
 
 def overlapping_pairs(n=80, width=3):
-    """Pairs that no line divides, dev the same as train → chosen, rejected [2n, width], split.
+    """Pairs that no line divides → chosen, rejected [n, width].
 
     What both sides share cancels in a difference, and is noise to a loss of single responses.
     """
-    shared = draw(n, width, seed=4) * torch.tensor([0.0, 0.0, 4.0])
-    chosen = shared + draw(n, width, seed=5) + torch.tensor([0.5, 0.0, 1.0])
-    rejected = shared + draw(n, width, seed=6)
-    split = torch.tensor([TRAIN] * n + [DEV] * n)
-    return chosen.repeat(2, 1), rejected.repeat(2, 1), split
+    shared = draw(n, width, seed=4)
+    shared[:, :-1] = 0
+    chosen = 4 * shared + draw(n, width, seed=5)
+    chosen[:, 0] += 0.5
+    chosen[:, -1] += 1
+    return chosen, 4 * shared + draw(n, width, seed=6)
 
 
-def least_margin_loss(chosen, rejected, margin):
-    """The margin loss as a linear program: one slack a pair → w."""
-    difference = chosen - rejected
-    n, width = difference.shape
-    cost = np.concatenate([np.zeros(width), np.ones(n) / n])
-    rows = -np.concatenate([difference, np.eye(n)], 1)              # w·d + slack >= margin
-    bounds = [(None, None)] * width + [(0, None)] * n
-    return linprog(cost, rows, -margin * np.ones(n), bounds=bounds).x[:width]
+def objective_of(loss, margin, l2, chosen, rejected):
+    """→ function of (w, b) in one float64 tensor: mean loss + l2/2 · ‖w‖²."""
+    chosen, rejected = chosen.double(), rejected.double()
+
+    def objective(numbers):
+        w, b = numbers[:-1], numbers[-1]
+        of_pairs = naive_loss(loss, margin, chosen @ w + b, rejected @ w + b)
+        return of_pairs.mean() + l2 / 2 * (w * w).sum()
+    return objective
 
 
-def least_smooth_loss(name, chosen, rejected, decay):
-    """w for which loss + decay/2 · ‖w‖² is least, the bias free → w."""
-    width = chosen.shape[1]
-
-    def objective(weights):
-        w, b = weights[:width], weights[width]
-        penalty = decay / 2 * (w**2).sum()
-        return naive_loss(name, None, chosen @ w + b, rejected @ w + b) + penalty
-    return minimize(objective, np.zeros(width + 1), tol=1e-10).x[:width]
+def gradient_at(objective, numbers):
+    """The gradient by autograd."""
+    numbers = torch.as_tensor(numbers, dtype=torch.float64).requires_grad_()
+    [gradient] = torch.autograd.grad(objective(numbers), numbers)
+    return gradient
 
 
-def solution(loss, margin, chosen, rejected, split, decay):
-    """The weights that scipy finds on the train pairs."""
-    train = (split == TRAIN).numpy()
-    sides = chosen.double().numpy()[train], rejected.double().numpy()[train]
-    if loss == "margin":
-        return least_margin_loss(*sides, margin)
-    return least_smooth_loss(loss, *sides, decay)
+def solution(loss, margin, l2, chosen, rejected):
+    """(w, b) that scipy finds; for a loss of differences b stays 0."""
+    objective = objective_of(loss, margin, l2, chosen, rejected)
+    found = minimize(lambda x: float(objective(torch.from_numpy(x))),
+                     np.zeros(chosen.shape[1] + 1),
+                     jac=lambda x: gradient_at(objective, x).numpy(), options={"gtol": 1e-9})
+    return found.x
 
 
-def loss_of(head, name, margin, chosen, rejected):
-    """The naive loss of a head's rewards."""
-    return naive_loss(name, margin, *(head(side).double().numpy() for side in (chosen, rejected)))
-
-
-SLOW = {"lr": 0.01, "epochs": 1200, "patience": 1200}
-
-
-@pytest.mark.parametrize("loss, margin", LOSSES)
-def test_a_trained_linear_head_is_the_solution_that_scipy_finds(loss, margin):
+@pytest.mark.parametrize("l2", PENALTIES)
+@EVERY_LOSS
+def test_a_linear_head_is_the_solution_that_scipy_finds(loss, margin, l2):
     pairs = overlapping_pairs()
-    head, _ = stage3.fit_head(*pairs, loss=loss, margin=margin, weight_decay=0.0, **SLOW)
-    wanted = solution(loss, margin, *pairs, decay=0.0)
-    assert head.w1.tolist() == pytest.approx(wanted, rel=0.03, abs=0.01)
+    head = stage3.fit_linear(*pairs, loss, l2, margin)
+    *weights, bias = solution(loss, margin, l2, *pairs)
+    assert head.w1.tolist() == pytest.approx(weights, abs=2e-5)
+    if loss == "bce":
+        assert float(head.b1) == pytest.approx(bias, abs=2e-5)
 
 
-def test_weight_decay_is_an_l2_penalty_on_the_weights():
+def test_the_solutions_of_losses_and_penalties_are_told_apart():
     pairs = overlapping_pairs()
-    head, _ = stage3.fit_head(*pairs, weight_decay=0.5, lr=0.002, epochs=400, patience=400)
-    wanted = solution("bt", None, *pairs, decay=0.5)
-    assert head.w1.tolist() == pytest.approx(wanted, abs=0.02)
-    for other in (0.0, 0.25, 1.0):                  # that is no accident of these pairs
-        assert abs(solution("bt", None, *pairs, decay=other) - wanted).max() > 0.08
-
-
-def test_the_losses_have_solutions_that_the_tests_above_tell_apart():
-    pairs = overlapping_pairs()
-    found = [solution(loss, margin, *pairs, decay=0.0) for loss, margin in LOSSES]
+    found = [solution(loss, margin, l2, *pairs) for loss, margin in LOSSES for l2 in PENALTIES]
     for n, one in enumerate(found):
         for other in found[:n]:
-            assert one != pytest.approx(other, rel=0.1, abs=0.05)
+            assert abs(one - other).max() > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["linear", "mlp"])
+@pytest.mark.parametrize("l2", PENALTIES)
+@EVERY_LOSS
+def test_the_gradient_is_0_where_a_linear_head_ends(loss, margin, l2):
+    pairs = overlapping_pairs(300, 12)
+    head = stage3.fit_linear(*pairs, loss, l2, margin)
+    objective = objective_of(loss, margin, l2, *pairs)
+    assert gradient_at(objective, torch.cat([head.w1, head.b1])).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("loss, margin", LOSSES)
-def test_the_loss_that_comes_with_a_head_is_its_loss_on_dev(kind, loss, margin):
-    chosen, rejected, split = noisy_scores()
-    head, found = stage3.fit_head(chosen, rejected, split, kind=kind, loss=loss, margin=margin,
-                                  hidden=4, epochs=20)
-    by_hand = loss_of(head, loss, margin, chosen[split == DEV], rejected[split == DEV])
-    assert found == pytest.approx(by_hand, abs=1e-5)
+def test_newton_takes_as_many_steps_as_128_latents_a_side_need(loss, margin):
+    pairs = overlapping_pairs(500, 256)
+    for l2 in stage3.PENALTIES:
+        head = stage3.fit_linear(*pairs, loss, l2, margin)
+        objective = objective_of(loss, margin, l2, *pairs)
+        gradient = gradient_at(objective, torch.cat([head.w1, head.b1]))
+        assert gradient.abs().max() < 1e-5, l2
 
+
+@pytest.mark.parametrize("loss, margin", LOSSES[:3])
+def test_the_mean_reward_of_the_pairs_is_0(loss, margin):
+    chosen, rejected = overlapping_pairs()
+    head = stage3.fit_linear(chosen + 3, rejected + 3, loss, 0.1, margin)
+    assert abs(head(torch.cat([chosen, rejected]) + 3).mean()) < 1e-5
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("size", [1, 30])
+@pytest.mark.parametrize("name", CURVES)
+def test_newton_ends_at_the_same_point_wherever_it_starts(name, size, seed):
+    curve, _ = CURVES[name]
+    chosen, rejected = overlapping_pairs(200, 8)
+    start = size * draw(8, seed=seed)
+    from_zero = stage3.newton(chosen - rejected, curve, 0.01)
+    from_there = stage3.newton(chosen - rejected, curve, 0.01, start)
+    torch.testing.assert_close(from_there, from_zero, atol=1e-6, rtol=0)
+
+
+def test_a_penalty_of_each_column_is_that_of_its_weight():
+    chosen, rejected = overlapping_pairs()
+    rows = chosen - rejected
+    l2 = torch.tensor([1e-3, 1e-1, 1e6])
+    found = stage3.newton(rows, stage3.bradley_terry_curve, l2)
+    without = stage3.newton(rows[:, :2], stage3.bradley_terry_curve, l2[:2])
+    assert abs(found[2]) < 1e-5
+    torch.testing.assert_close(found[:2], without, atol=1e-5, rtol=0)
+
+
+TYPES = {
+    "float16": torch.Tensor.half,
+    "float32": torch.Tensor.float,
+    "float64": torch.Tensor.double,
+    "NumPy float16": lambda x: x.half().numpy(),
+    "NumPy float32": lambda x: x.float().numpy(),
+    "NumPy float64": lambda x: x.double().numpy(),
+}
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@EVERY_LOSS
+def test_every_type_of_number_gives_the_same_head(loss, margin, kind):
+    pairs = [side.half().double() for side in overlapping_pairs()]      # as float16 can hold it
+    expected = stage3.fit_linear(*pairs, loss, 0.1, margin)
+    head = stage3.fit_linear(*map(TYPES[kind], pairs), loss, 0.1, margin)
+    assert head.w1.dtype == head.b1.dtype == torch.float32
+    torch.testing.assert_close(head.w1, expected.w1, atol=1e-5, rtol=0)
+    torch.testing.assert_close(head.b1, expected.b1, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("n, width", [(80, 3), (20, 60)])
+@EVERY_LOSS
+def test_each_head_of_a_path_is_that_of_its_penalty_alone(loss, margin, n, width):
+    pairs = overlapping_pairs(n, width)         # 60 columns, 20 pairs: solved in their span
+    found = dict(stage3.penalty_path(*pairs, PENALTIES, loss, margin))
+    assert list(found) == PENALTIES
+    for l2, head in found.items():
+        alone = stage3.fit_linear(*pairs, loss, l2, margin)
+        torch.testing.assert_close(head.w1, alone.w1, atol=1e-5, rtol=0)
+        torch.testing.assert_close(head.b1, alone.b1, atol=1e-5, rtol=0)
+
+
+def test_the_basis_of_rows_is_orthonormal_and_spans_them():
+    rows = draw(5, 9, seed=0).double()
+    rows[4] = rows[0] - 2 * rows[1]                                     # one depends on others
+    basis = stage3.row_basis(rows)
+    torch.testing.assert_close(basis.T @ basis, torch.eye(4, dtype=torch.float64))
+    torch.testing.assert_close(rows @ basis @ basis.T, rows)
+
+
+def test_pairs_that_a_line_divides_have_a_finite_head():
+    head = stage3.fit_linear(draw(30, 40, seed=0) + 5, draw(30, 40, seed=1), l2=1e-4)
+    assert head.w1.isfinite().all() and head.w1.abs().max() < 100
+
+
+def test_swapping_chosen_and_rejected_negates_the_weights():
+    chosen, rejected = overlapping_pairs()
+    head, swapped = stage3.fit_linear(chosen, rejected), stage3.fit_linear(rejected, chosen)
+    torch.testing.assert_close(swapped.w1, -head.w1)
+    right = accuracy_of(head, chosen, rejected)
+    assert 0.5 < right < 1
+    assert accuracy_of(swapped, chosen, rejected) == pytest.approx(1 - right)
+
+
+def test_threads_and_processes_do_not_change_a_linear_head():
+    code = """
+import importlib, json, torch
+stage3 = importlib.import_module("03_train_head")
+g = torch.Generator().manual_seed(0)
+chosen, rejected = (torch.randn(4000, 64, generator=g) for _ in range(2))
+head = stage3.fit_linear(chosen + 0.1, rejected, l2=0.001)
+print(json.dumps([torch.get_num_threads(), *head.w1.tolist(), *head.b1.tolist()]))
+"""
+    found = []
+    for threads in ("1", "2", "1"):
+        environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": str(tiny.ROOT)}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, check=True,
+                              capture_output=True, text=True)
+        found.append(json.loads(done.stdout))
+    assert [int(threads) for threads, *_ in found] == [1, 2, 1]
+    assert found[1][1:] == pytest.approx(found[0][1:], abs=1e-5)
+    assert found[2][1:] == pytest.approx(found[0][1:], abs=1e-5)
+
+
+# ---------------------------------------------------------------- K and the penalty
+
+def test_the_ks_that_are_tried_double_up_to_all():
+    assert stage3.k_values(8) == [1, 2, 4, 8]
+    assert stage3.k_values(6) == [1, 2, 4, 6]
+    assert stage3.k_values(1) == [1]
+
+
+def test_k_directions_a_side_are_the_first_of_each_side():
+    assert stage3.columns_of(2, 5).tolist() == [0, 1, 5, 6]
+
+
+def losses_by_hand(of_k_1, of_k_2):
+    """Losses of four pairs; that of K = 4 is 0.5 everywhere, and those of others are above it."""
+    return {
+        (1, 0.1): torch.tensor([0.9, 0.9, 0.9, 0.9]),           # K = 1 has a better L2
+        (1, 0.01): 0.5 + torch.tensor(of_k_1),
+        (2, 0.1): 0.5 + torch.tensor(of_k_2),
+        (4, 0.1): torch.full((4,), 0.5),
+    }
+
+
+IN_TWO, IN_FOUR = [7, 7, 3, 3], [7, 5, 3, 9]
+# summed by group 0.2 and -0.02: mean 0.045, SE = √(2 · 0.0242) / 4 = 0.055; each pair by itself:
+# variance 4 · 0.055² / 3, SE = √(4 · 0.00403) / 4 = 0.032
+NEAR = [0.1, 0.1, -0.01, -0.01]
+# summed by group 0.2 and 0.02: mean 0.055, SE = √(2 · 0.0162) / 4 = 0.045
+FAR = [0.1, 0.1, 0.01, 0.01]
+
+
+@pytest.mark.parametrize("of_k_1, of_k_2, groups, taken", [
+    (NEAR, NEAR, IN_TWO, (1, 0.01)),
+    (NEAR, NEAR, IN_FOUR, (4, 0.1)),
+    (FAR, NEAR, IN_TWO, (2, 0.1)),
+    (FAR, FAR, IN_TWO, (4, 0.1)),
+])
+def test_auto_takes_the_smallest_k_within_one_standard_error(of_k_1, of_k_2, groups, taken):
+    assert stage3.choose(losses_by_hand(of_k_1, of_k_2), np.array(groups)) == taken
+
+
+def test_best_takes_the_least_mean_loss():
+    losses = losses_by_hand(NEAR, NEAR)
+    assert stage3.choose(losses, np.array(IN_TWO), "best") == (4, 0.1)
+    losses[2, 0.01] = torch.tensor([0.1, 0.1, 0.9, 0.8])
+    assert stage3.choose(losses, np.array(IN_TWO), "best") == (2, 0.01)
+
+
+def noise(n=120, latents=400, k=32):
+    """Features of n pairs whose latents tell nothing → what search() reads of stage 2."""
+    fires = (draw(2, n, latents, seed=3) > 0).float()
+    fold = torch.arange(n) % stage3.FOLDS
+    selected = []
+    for left_out in range(stage3.FOLDS):
+        used = fires[:, fold != left_out].mean(1)
+        selected.append(stage2.select_latents(*used, k))
+    union = torch.unique(torch.stack(selected))
+    return {
+        "fold": fold, "group": torch.arange(n), "search_pair": torch.arange(n),
+        "search_latents": torch.stack(selected), "search_union": union,
+        "search_chosen": fires[0][:, union], "search_rejected": fires[1][:, union],
+    }, fires
+
+
+def selected_on_all_pairs(t, fires, k=32):
+    """The same with the latents that all pairs choose, in every fold."""
+    latents = stage2.select_latents(*fires.mean(1), k)
+    union = torch.unique(latents)
+    return t | {
+        "search_latents": latents.repeat(stage3.FOLDS, 1), "search_union": union,
+        "search_chosen": fires[0][:, union], "search_rejected": fires[1][:, union],
+    }
+
+
+SETTINGS = {"loss": "bt", "margin": 1.0}
+
+
+def test_the_search_sees_that_latents_of_noise_tell_nothing():
+    t, _ = noise()
+    found = stage3.search(t, [1, 32], [0.1], SETTINGS, "best")
+    assert found.losses[32, 0.1] > math.log(2)
+    assert (found.differences > 0).float().mean() < 0.6
+
+
+def test_latents_that_all_pairs_choose_would_flatter_a_large_k():
+    found = stage3.search(selected_on_all_pairs(*noise()), [1, 32], [0.1], SETTINGS, "best")
+    assert found.losses[32, 0.1] < math.log(2) - 0.1
+    assert found.k == 32
+    assert (found.differences > 0).float().mean() > 0.7
+
+
+def scores_without(t, number, k):
+    """Naive: the search scores with a fold left out → chosen, rejected [m, 2k], held [m]."""
+    union, latents = t["search_union"].tolist(), t["search_latents"][number].tolist()
+    half = len(latents) // 2
+    places = [union.index(latent) for latent in latents[:k] + latents[half:half + k]]
+    held = np.array([int(t["fold"][pair]) == number for pair in t["search_pair"]])
+    sides = [t[f"search_{side}"].double().numpy()[:, places] for side in ("chosen", "rejected")]
+    of_others = np.concatenate([side[~held] for side in sides])
+    chosen, rejected = [(side - of_others.mean(0)) / of_others.std(0) for side in sides]
+    return torch.tensor(chosen).float(), torch.tensor(rejected).float(), torch.tensor(held)
+
+
+@EVERY_LOSS
+def test_the_losses_of_a_search_are_those_of_a_loop_over_the_folds(loss, margin):
+    t, _ = noise(60, 50, 4)
+    settings = {"loss": loss, "margin": margin}
+    found = stage3.search(t, [1, 4], [1.0, 0.01], settings, "best")
+    assert sorted(found.losses) == [(1, 0.01), (1, 1.0), (4, 0.01), (4, 1.0)]
+    for (k, l2), mean in found.losses.items():
+        losses = []
+        for number in range(5):
+            chosen, rejected, held = scores_without(t, number, k)
+            head = stage3.fit_linear(chosen[~held], rejected[~held], loss, l2, margin)
+            of_pairs = naive_loss(loss, margin, head(chosen[held]).double(),
+                                  head(rejected[held]).double())
+            losses += of_pairs.tolist()
+        assert mean == pytest.approx(sum(losses) / 60, abs=1e-5)
+
+
+# ---------------------------------------------------------------- an MLP
 
 SMALL_MLP = {"w1": (2, 3), "b1": (2,), "w2": (2,), "b2": (1,)}
 
@@ -271,69 +509,59 @@ def adam_by_finite_differences(objective, x, steps, lr):
     return x
 
 
-@pytest.mark.parametrize("loss, margin", LOSSES)
+@EVERY_LOSS
 def test_an_mlp_takes_the_steps_of_adam_down_its_loss(loss, margin):
-    chosen, rejected, split = overlapping_pairs()
-    settings = {"kind": "mlp", "hidden": 2, "loss": loss, "margin": margin, "weight_decay": 0.1}
-    start, _ = stage3.fit_head(chosen, rejected, split, epochs=0, **settings)
-    head, _ = stage3.fit_head(chosen, rejected, split, epochs=8, lr=0.02, **settings)
-    sides = chosen.double().numpy(), rejected.double().numpy()      # dev is the same as train
+    chosen, rejected = overlapping_pairs()
+    head, steps, _ = stage3.fit_mlp(chosen, rejected, loss, 0.1, margin, hidden=2, lr=0.02, steps=8)
+    assert steps == 8
+    sides = chosen.double().numpy(), rejected.double().numpy()
 
     def objective(numbers):
         t = unpacked(numbers)
         penalty = 0.1 / 2 * ((t["w1"]**2).sum() + (t["w2"]**2).sum())
-        return naive_loss(loss, margin, *(mlp_in_numpy(numbers, side) for side in sides)) + penalty
-    numbers = torch.cat([start.state_dict()[name].flatten() for name in SMALL_MLP]).double().numpy()
+        rewards = [mlp_in_numpy(numbers, side) for side in sides]
+        return naive_loss(loss, margin, *rewards).mean() + penalty
+    start = stage3.MLPHead(3, hidden=2).state_dict()
+    numbers = torch.cat([start[name].flatten() for name in SMALL_MLP]).double().numpy()
     wanted = unpacked(adam_by_finite_differences(objective, numbers, 8, 0.02))
     for name, tensor in head.state_dict().items():
         np.testing.assert_allclose(tensor, wanted[name], atol=2e-3, err_msg=name)
 
 
-# ---------------------------------------------------------------- training
-
-def noisy_scores(n=120, m=10, told=1.5, seed=2):
+def noisy_scores(n=60, m=10, told=1.5, seed=2):
     """Few pairs, many columns, one of which tells something: a head overfits.
 
-    → chosen, rejected [n, m], split [n].
+    → chosen, rejected [n, m].
     """
     chosen, rejected = draw(n, m, seed=seed), draw(n, m, seed=seed + 1)
     chosen[:, 0] += told
-    return chosen, rejected, torch.tensor([TRAIN, DEV, TEST, DEV] * (n // 4))
+    return chosen, rejected
 
 
-def plain_descent(chosen, rejected, split, epochs, lr=0.05, decay=0.01):
-    """Full-batch Adam written out, on w·(c - r) alone → the weights after 0, 1, … epochs."""
-    d = (chosen - rejected)[split == TRAIN].double()
-    w, m, v = (torch.zeros(d.shape[1], dtype=torch.float64) for _ in range(3))
-    states = [w]
-    for step in range(1, epochs + 1):
-        g = -(torch.sigmoid(-d @ w)[:, None] * d).mean(0) + decay * w
-        m = 0.9 * m + 0.1 * g
-        v = 0.999 * v + 0.001 * g * g
-        w = w - lr * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
-        states.append(w)
-    return states
+HELD = noisy_scores(seed=8)
+SMALL = {"loss": "bt", "hidden": 8, "lr": 0.02, "l2": 0.0}
 
 
-def losses_on_dev(states, chosen, rejected, split):
-    """Bradley-Terry loss on dev of each of some weights → list."""
-    d = (chosen - rejected)[split == DEV].double()
-    return [float(torch.log1p(torch.exp(-d @ w)).mean()) for w in states]
+def held_losses(epochs):
+    """The loss on HELD after 1, 2 … epochs of a step each, by heads trained for so many steps."""
+    losses = []
+    for steps in range(1, epochs + 1):
+        head, _, _ = stage3.fit_mlp(*noisy_scores(), **SMALL, steps=steps)
+        losses.append(float(naive_loss("bt", None, *(head(side).double() for side in HELD)).mean()))
+    return losses
 
 
-DESCENT = {"lr": 0.05, "weight_decay": 0.01}
+def test_an_mlp_is_that_of_the_epoch_with_the_least_loss_on_held_pairs():
+    losses = held_losses(50)
+    best = losses.index(min(losses)) + 1
+    assert 3 < best < 40 and losses[-1] > min(losses) + 0.01        # it overfits after the best
 
-
-def test_training_returns_the_weights_of_the_best_epoch_on_dev():
-    scores = noisy_scores()
-    states = plain_descent(*scores, 80)
-    losses = losses_on_dev(states, *scores)
-    best = losses.index(min(losses))
-    assert 3 < best < 70 and losses[-1] > losses[best] + 0.01       # it overfits after the best
-
-    head, on_dev = stage3.fit_head(*scores, epochs=80, patience=80, **DESCENT)
-    torch.testing.assert_close(head.w1.double(), states[best], rtol=1e-3, atol=1e-3)
-    assert on_dev == pytest.approx(losses[best], abs=1e-5)
+    head, steps, loss = stage3.fit_mlp(*noisy_scores(), **SMALL, held=HELD, epochs=50, patience=50)
+    assert steps == best
+    assert loss == pytest.approx(min(losses), abs=1e-5)
+    expected, _, _ = stage3.fit_mlp(*noisy_scores(), **SMALL, steps=best)
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(head.state_dict()[name], tensor), name
 
 
 def calls_of_bradley_terry(monkeypatch):
@@ -348,98 +576,60 @@ def calls_of_bradley_terry(monkeypatch):
     return calls
 
 
-def test_it_stops_when_dev_has_not_improved_for_patience_epochs(monkeypatch):
-    scores = noisy_scores()
-    losses = losses_on_dev(plain_descent(*scores, 80), *scores)
-    best = losses.index(min(losses))
+@pytest.mark.parametrize("epochs", [5, 99])
+def test_an_mlp_stops_after_patience_epochs_or_the_most_there_may_be(epochs, monkeypatch):
+    losses = held_losses(50)
+    best = losses.index(min(losses)) + 1
     calls = calls_of_bradley_terry(monkeypatch)
-    stage3.fit_head(*scores, epochs=80, patience=7, **DESCENT)
-    looks_at_dev = sum(not trains for _, trains in calls)
-    assert abs(looks_at_dev - (best + 1 + 7)) <= 1
-
-
-def test_a_single_epoch_already_trains():
-    head, on_dev = stage3.fit_head(*noisy_scores(), epochs=1, **DESCENT)
-    assert head.w1.any()
-    assert on_dev < math.log(2)
+    stage3.fit_mlp(*noisy_scores(), **SMALL, held=HELD, epochs=epochs, patience=7)
+    looks_at_held = sum(not trains for _, trains in calls)
+    assert abs(looks_at_held - min(epochs, best + 7)) <= 1
 
 
 def test_where_pairs_are_many_an_epoch_is_a_part_of_them(monkeypatch):
     monkeypatch.setattr(stage3, "EPOCH_PAIRS", 20)
     calls = calls_of_bradley_terry(monkeypatch)
-    stage3.fit_head(*noisy_scores(400), batch=8, epochs=2)
+    stage3.fit_mlp(*noisy_scores(400), **SMALL, batch=8, steps=6)
     assert [n for n, trains in calls if trains] == [8, 8, 4, 8, 8, 4]
 
 
 def test_where_pairs_are_many_every_epoch_draws_other_ones(monkeypatch):
     monkeypatch.setattr(stage3, "EPOCH_PAIRS", 20)
-    chosen, rejected, split = noisy_scores(400, told=2)
-    head, _ = stage3.fit_head(chosen, rejected, split, batch=8, lr=0.05)
-    assert accuracy_of(head, chosen[split == TEST], rejected[split == TEST]) > 0.8
+    head, _, _ = stage3.fit_mlp(*noisy_scores(400, told=2), **SMALL, batch=8, steps=200)
+    assert accuracy_of(head, *noisy_scores(400, told=2, seed=20)) > 0.8
 
 
-@pytest.mark.parametrize("kind", ["linear", "mlp"])
 @pytest.mark.parametrize("loss", ["bt", "margin", "bce"])
-def test_every_head_learns_with_every_loss(kind, loss):
-    chosen, rejected, split = noisy_scores(200, told=2)
-    head, _ = stage3.fit_head(chosen, rejected, split, kind=kind, loss=loss, hidden=16)
-    assert accuracy_of(head, chosen[split == TEST], rejected[split == TEST]) > 0.65
+def test_every_head_learns_with_every_loss(loss):
+    train, test = noisy_scores(200, told=2), noisy_scores(200, told=2, seed=20)
+    mlp, _, _ = stage3.fit_mlp(*train, loss, hidden=16, steps=60)
+    for head in (mlp, stage3.fit_linear(*train, loss)):
+        assert accuracy_of(head, *test) > 0.65
 
 
-def test_only_the_columns_that_are_named_are_read():
-    chosen, rejected, split = noisy_scores()
-    columns = torch.tensor([0, 3, 7])
-    head, loss = stage3.fit_head(chosen, rejected, split, columns=columns, epochs=5)
-    alone, same = stage3.fit_head(chosen[:, columns], rejected[:, columns], split, epochs=5)
-    assert torch.equal(head.w1, alone.w1)
-    assert loss == same
+# ---------------------------------------------------------------- the temperature
 
-
-def test_test_pairs_never_touch_the_head():
-    chosen, rejected, split = noisy_scores()
-    before, _ = stage3.fit_head(chosen, rejected, split)
-    chosen[split == TEST] = torch.nan
-    after, _ = stage3.fit_head(chosen, rejected, split)
-    for name, tensor in before.state_dict().items():
-        assert torch.equal(tensor, after.state_dict()[name])
-
-
-@pytest.mark.parametrize("change", [0.2, -0.3, 3.0])
-def test_dev_pairs_only_choose_among_the_epochs_of_one_training(change):
-    chosen, rejected, split = noisy_scores()
-    walk = plain_descent(chosen, rejected, split, 40)
-    chosen[split == DEV] += change * draw(60, 10, seed=5)
-    head, _ = stage3.fit_head(chosen, rejected, split, epochs=40, patience=99, **DESCENT)
-    distances = [float((head.w1 - w).abs().max()) for w in walk]
-    assert min(distances) < 1e-3
-    assert sorted(distances)[1] > 1e-3             # the epochs are further apart than that
-
-
-def test_swapping_chosen_and_rejected_everywhere_negates_the_weights():
-    chosen, rejected, split = noisy_scores()
-    head, _ = stage3.fit_head(chosen, rejected, split)
-    swapped, _ = stage3.fit_head(rejected, chosen, split)
-    torch.testing.assert_close(swapped.w1, -head.w1)
-    right = accuracy_of(head, chosen, rejected)
-    assert 0.5 < right < 1
-    assert accuracy_of(swapped, chosen, rejected) == pytest.approx(1 - right)
-
-
-def test_the_temperature_has_the_least_loss_on_dev():
+def test_the_temperature_has_the_least_smoothed_loss():
     difference = 4 * draw(300, seed=3) + 3
+    other = 1 / 302                             # each pair counts this much the other way
 
-    def loss(temperature):
-        return sum(math.log1p(math.exp(-d / temperature)) for d in difference.tolist()) / 300
-    best = minimize(lambda log_t: loss(math.exp(log_t[0])), [0.0]).x[0]
+    def loss(log_t):
+        scaled = difference.double().numpy() / math.exp(log_t[0])
+        right, wrong = np.log1p(np.exp(-scaled)), np.log1p(np.exp(scaled))
+        return ((1 - other) * right + other * wrong).mean()
+    best = minimize(loss, [0.0]).x[0]
     assert stage3.fit_temperature(difference) == pytest.approx(math.exp(best), rel=0.03)
 
 
-def test_the_temperature_of_pairs_that_are_all_right_is_not_0():
-    assert stage3.fit_temperature(torch.tensor([1.0, 2.0, 3.0])) > 0.1
+def test_the_temperature_of_three_pairs_that_are_all_right_leaves_a_fifth_of_doubt():
+    # of d, d, d the smoothed loss is least where σ(d / T) = 1 - 1/5, so T = d / log 4
+    found = stage3.fit_temperature(torch.full((3,), 2.0))
+    assert found == pytest.approx(2 / math.log(4), rel=0.03)
 
 
-def test_the_temperature_of_rewards_that_are_all_the_same_is_1():
-    assert stage3.fit_temperature(torch.zeros(5)) == 1
+@pytest.mark.parametrize("count", [0, 5])
+def test_the_temperature_of_rewards_that_are_all_the_same_is_1(count):
+    assert stage3.fit_temperature(torch.zeros(count)) == 1
 
 
 # ---------------------------------------------------------------- the stage
@@ -461,77 +651,152 @@ def train(run, *args):
     return stage1.load_stage(run / "reward_head.safetensors")
 
 
-def change_features(run, split, factor):
-    """Multiply the scores of the pairs in one split."""
+def features(run):
+    """The tensors of stage 2."""
+    t, _ = stage1.load_stage(run / "features.safetensors")
+    return t
+
+
+def change_test_scores(run, factor):
+    """Multiply the scores of the test pairs."""
     t, meta = stage1.load_stage(run / "features.safetensors")
     for side in ("chosen", "rejected"):
-        t[side][t["split"] == split] *= factor
+        t[side][t["split"] == TEST] *= factor
     stage1.save_stage(run / "features.safetensors", t, meta)
 
 
 def standardised_scores(run):
-    """→ chosen, rejected [n, 2K] with mean 0 and std 1 on train, and split."""
-    t, _ = stage1.load_stage(run / "features.safetensors")
+    """→ chosen, rejected [n, 2K] with mean 0 and std 1 on train and dev, and which these are."""
+    t = features(run)
     chosen, rejected = ((t[side] - t["mean"]) / t["std"] for side in ("chosen", "rejected"))
-    return chosen, rejected, t["split"]
+    return chosen, rejected, t["split"] != TEST
 
 
-@pytest.mark.parametrize("loss, margin", LOSSES)
-def test_the_stage_trains_with_the_loss_and_margin_of_its_flags(loss, margin, run):
-    tensors, meta = train(run, "--k", 8, "--loss", loss, "--margin", margin)
-    scores = standardised_scores(run)
-    fitted = [stage3.fit_head(*scores, loss=loss, margin=margin, epochs=60, seed=seed)
-              for seed in range(2)]
-    head, dev_loss = min(fitted, key=lambda found: found[1])
-    assert meta["accuracy"]["dev_loss"] == pytest.approx(dev_loss)
-    torch.testing.assert_close(tensors["w1"], head.w1)
+@EVERY_LOSS
+def test_the_stage_solves_for_the_loss_and_margin_of_its_flags(loss, margin, run):
+    flags = "--k", 8, "--l2", 0.03, "--loss", loss, "--margin", margin
+    tensors, meta = train(run, *flags)
+    chosen, rejected, used = standardised_scores(run)
+    head = stage3.fit_linear(chosen[used], rejected[used], loss, 0.03, margin)
+    assert meta["l2"] == 0.03
+    torch.testing.assert_close(tensors["w1"], head.w1, atol=1e-5, rtol=0)
 
 
-def test_of_several_seeds_the_head_with_the_lowest_loss_on_dev_is_kept(run):
-    tensors, meta = train(run, "--k", 8, "--head", "mlp", "--hidden", 5, "--seeds", 4)
-    scores = standardised_scores(run)
-    fitted = [stage3.fit_head(*scores, kind="mlp", hidden=5, epochs=60, seed=seed)
-              for seed in range(4)]
-    losses = [dev_loss for _, dev_loss in fitted]
-    assert meta["seed_kept"] == losses.index(min(losses))
-    torch.testing.assert_close(tensors["w1"], fitted[meta["seed_kept"]][0].w1)
+@pytest.mark.parametrize("rule", ["auto", "best"])
+def test_k_and_l2_are_those_of_the_search(rule, run):
+    penalties = stage3.PENALTIES
+    found = stage3.search(features(run), [1, 2, 4, 8], penalties, SETTINGS, rule)
+    _, meta = train(run, "--k", rule)
+    assert (meta["k"], meta["l2"]) == (found.k, found.l2)
+    assert meta["search"] == {f"{k} {l2:g}": loss for (k, l2), loss in found.losses.items()}
 
 
-def test_other_test_scores_change_only_the_parents_of_the_head_file(run):
-    before, meta = train(run)
-    change_features(run, TEST, -9)
-    after, other = train(run)
+def test_temperature_and_accuracy_are_those_of_pairs_that_no_head_had_seen(run):
+    found = stage3.search(features(run), [4], [0.1], SETTINGS)
+    tensors, meta = train(run, "--k", 4, "--l2", 0.1)
+    assert float(tensors["temperature"]) == pytest.approx(
+        stage3.fit_temperature(found.differences))
+    right = [difference > 0 for difference in found.differences.tolist()]
+    assert meta["accuracy_out_of_fold"] == pytest.approx(sum(right) / len(right))
+
+
+def test_an_mlp_stops_on_the_held_fifth_and_takes_as_many_steps_on_all(run):
+    tensors, meta = train(run, "--k", 3, "--head", "mlp", "--hidden", 5, "--lr", 0.01)
+    settings = {"loss": "bt", "hidden": 5, "lr": 0.01, "l2": stage3.MLP_L2}
+    chosen, rejected, held = scores_without(features(run), 0, 3)
+    fifth = chosen[held], rejected[held]
+    found = [stage3.fit_mlp(chosen[~held], rejected[~held], held=fifth, seed=seed, epochs=60,
+                            **settings) for seed in range(2)]
+    losses = [loss for _, _, loss in found]
+    kept = losses.index(min(losses))
+    assert (meta["seed_kept"], meta["steps"]) == (kept, found[kept][1])
+
+    chosen, rejected, used = standardised_scores(run)
+    columns = [0, 1, 2, 8, 9, 10]
+    head, _, _ = stage3.fit_mlp(chosen[used][:, columns], rejected[used][:, columns], seed=kept,
+                                steps=meta["steps"], **settings)
+    for name in ("w1", "b1", "w2"):             # b2 is what makes the mean reward 0
+        torch.testing.assert_close(tensors[name], head.state_dict()[name], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_other_test_scores_change_only_the_parents_of_the_head_file(kind, run):
+    flags = "--head", kind, "--hidden", 5
+    before, meta = train(run, *flags)
+    change_test_scores(run, -9)
+    after, other = train(run, *flags)
     for name, tensor in before.items():
         assert torch.equal(tensor, after[name]), name
     assert meta.pop("parent") != other.pop("parent")
     assert meta == other
 
 
-def test_dev_sets_the_temperature(run):
-    before, _ = train(run, "--k", 8)
-    change_features(run, DEV, -3)
-    after, _ = train(run, "--k", 8)
-    assert before["temperature"] != after["temperature"]
-
-
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
-def test_rewards_are_0_on_average_over_the_train_responses(kind, run):
-    change_features(run, DEV, -3)
-    tensors, _ = train(run, "--k", 8, "--head", kind, "--hidden", 5)
-    chosen, rejected, split = standardised_scores(run)
-    of_train = torch.cat([chosen[split == TRAIN], rejected[split == TRAIN]])
-    assert abs(stage3.head_from(tensors)(of_train).mean()) < 1e-5
+@pytest.mark.parametrize("loss", ["bt", "bce"])
+def test_rewards_are_0_on_average_over_the_train_and_dev_responses(loss, kind, run):
+    tensors, _ = train(run, "--k", 8, "--head", kind, "--hidden", 5, "--loss", loss)
+    chosen, rejected, used = standardised_scores(run)
+    assert abs(stage3.head_from(tensors)(torch.cat([chosen[used], rejected[used]])).mean()) < 1e-5
 
 
-def test_k_auto_takes_the_k_with_the_lowest_loss_on_dev(run):
-    chosen, rejected, split = standardised_scores(run)
-    losses = {}
-    for k in (1, 2, 4, 8):
-        columns = [*range(k), *range(8, 8 + k)]
-        _, losses[k] = stage3.fit_head(chosen[:, columns], rejected[:, columns], split, epochs=60)
-    _, meta = train(run)
-    assert meta["k"] == min(losses, key=losses.get)
-    assert meta["k_curve"] == {str(k): pytest.approx(loss) for k, loss in losses.items()}
+def test_the_range_is_what_one_in_a_thousand_training_responses_exceeds():
+    values = torch.rand(5000, generator=torch.Generator().manual_seed(0))
+    limit = stage3.quantile(values, stage3.RANGE)
+    assert stage3.RANGE == 0.999
+    assert 4 <= int((values > limit).sum()) <= 5
+
+
+def test_the_range_is_that_of_the_largest_score_of_each_training_response(run):
+    tensors, _ = train(run, "--k", 3)
+    chosen, rejected, used = standardised_scores(run)
+    of_train = torch.cat([chosen[used], rejected[used]])[:, [0, 1, 2, 8, 9, 10]]
+    assert len(of_train) < 1000                 # so that it is the largest of all
+    assert float(tensors["range"]) == pytest.approx(float(of_train.abs().max()), abs=1e-4)
+
+
+def test_a_named_head_lies_beside_that_of_the_run(run):
+    train(run, "--k", 3)
+    before = (run / "reward_head.safetensors").read_bytes()
+    succeed("03_train_head", "--run", run, "--name", "other", "--k", 5)
+    assert (run / "reward_head.safetensors").read_bytes() == before
+    assert read_meta(run / "other/reward_head.safetensors")["k"] == 5
+
+
+@pytest.fixture(scope="module")
+def little(finished, tmp_path_factory):
+    """A run of nine pairs up to stage 2: too few prompts for a search."""
+    folder = tmp_path_factory.mktemp("little")
+    pairs = tiny.save_pairs(folder / "pairs.jsonl", 9)
+    run, model = folder / "run", finished.parent / "model"
+    succeed("01_extract", "--model", model, "--pairs", pairs, "--layer", 1, "--run", run,
+            "--split", "1,0,0")
+    succeed("02_select_features", "--run", run, "--sae", finished.parent / "sae.safetensors",
+            "--k", 8)
+    return run
+
+
+@pytest.mark.parametrize("flags, k, l2", [
+    ([], 4, 0.1), (["--k", 2], 2, 0.1), (["--l2", 0.5], 4, 0.5)])
+def test_with_fewer_than_ten_prompts_nothing_is_searched_and_said_so(flags, k, l2, little):
+    out = succeed("03_train_head", "--run", little, *flags)
+    meta = read_meta(little / "reward_head.safetensors")
+    assert (meta["k"], meta["l2"], meta["search"]) == (k, l2, {})
+    assert "note: only 9 prompts to train on: no search" in out
+
+
+def test_without_a_search_there_is_no_accuracy_out_of_fold(little):
+    out = succeed("03_train_head", "--run", little)
+    assert "nan" not in out
+    with safe_open(little / "reward_head.safetensors", "pt") as file:
+        assert "NaN" not in file.metadata()["sparserm"]
+
+
+def test_an_mlp_of_fewer_than_ten_prompts_is_trained_or_refused_in_one_line(little):
+    result = command("03_train_head", "--run", little, "--head", "mlp", "--hidden", 4)
+    code, _, err = result
+    if code:
+        assert_one_line_error(result)
+    assert "unexpected" not in err
 
 
 def test_a_head_keeps_the_first_k_directions_of_each_side(run):
@@ -546,9 +811,10 @@ def test_the_file_holds_what_scoring_needs(run):
     t, meta = train(run, "--k", 3, "--head", "mlp", "--hidden", 5)
     assert {name: tuple(tensor.shape) for name, tensor in t.items()} == {
         "latents": (6,), "directions": (6, tiny.WIDTH), "mean": (6,), "std": (6,),
-        "w1": (5, 6), "b1": (5,), "w2": (5,), "b2": (1,), "temperature": (1,),
+        "w1": (5, 6), "b1": (5,), "w2": (5,), "b2": (1,), "temperature": (1,), "range": (1,),
     }
-    needed = {"model", "layer", "token", "template", "max_length", "sae", "settings", "backbone"}
+    needed = {"model", "layer", "token", "template", "max_length", "sae", "settings", "backbone",
+              "normalise", "norm_eps", "l2", "search", "accuracy_out_of_fold"}
     assert needed <= set(meta)
 
 
@@ -627,7 +893,7 @@ def test_the_self_check_names_pairs_that_have_changed_since(run):
 
 def test_the_self_check_names_features_that_have_changed_since(run):
     train(run)
-    change_features(run, TEST, 2)
+    change_test_scores(run, 2)
     code, out, _ = check(run)
     assert code == 1
     assert "features.safetensors has changed since 03_train_head.py read it" in out
@@ -751,9 +1017,9 @@ def test_a_text_gets_the_reward_that_its_stored_scores_get(reward):
         assert (scored - stored).abs().max() < 1e-3 * stored.std()
 
 
-def test_the_scores_of_the_train_responses_are_0_on_average(reward):
-    _, _, split = standardised_scores(reward.run)
-    rows = [row for row, of in zip(pairs_of(reward.run), split.tolist()) if of == TRAIN]
+def test_the_scores_of_the_train_and_dev_responses_are_0_on_average(reward):
+    _, _, used = standardised_scores(reward.run)
+    rows = [row for row, of in zip(pairs_of(reward.run), used.tolist()) if of]
     responses = [row[side] for side in ("chosen", "rejected") for row in rows]
     scores = reward.score([row["prompt"] for row in rows] * 2, responses)
     assert abs(sum(scores) / len(scores)) < 1e-3 * spread(scores)
@@ -836,7 +1102,8 @@ def test_contributions_are_those_of_a_loop_that_sets_one_score_to_its_mean(rewar
 def test_an_mlp_that_computes_a_linear_head_has_its_rewards_and_contributions():
     w, z = draw(4, seed=1), draw(7, 5, seed=2)
     scale = {"directions": draw(4, 5, seed=3), "mean": draw(4, seed=4),
-             "std": draw(4, seed=5).abs() + 0.5, "temperature": torch.ones(1)}
+             "std": draw(4, seed=5).abs() + 0.5, "temperature": torch.ones(1),
+             "range": torch.ones(1)}
     both_signs = torch.cat([torch.eye(4), -torch.eye(4)])           # relu(x) - relu(-x) = x
     linear = {"w1": w, "b1": torch.ones(1)}
     mlp = {"w1": both_signs, "b1": torch.zeros(8), "w2": torch.cat([w, -w]), "b2": torch.ones(1)}
@@ -919,6 +1186,48 @@ def test_score_refuses_a_single_string_and_unequal_lists(prompts, responses, rew
         reward.score(prompts, responses)
 
 
+def test_score_with_a_check_says_which_texts_lie_outside(reward, monkeypatch):
+    rows = pairs_of(reward.run)[:12]
+    texts = [row["prompt"] for row in rows], [row["chosen"] for row in rows]
+    largest = reward.scores_of(reward.hidden(*texts)).abs().amax(1)
+    monkeypatch.setattr(reward, "range", float(largest.mean()))
+    rewards, outside = reward.score(*texts, check=True)
+    assert rewards == pytest.approx(reward.score(*texts), abs=1e-4)
+    assert outside == (largest > largest.mean()).tolist()
+    assert 0 < sum(outside) < 12
+    assert reward.explain(texts[0][0], texts[1][0])["outside"] == outside[0]
+
+
+def test_what_is_far_from_the_training_responses_lies_outside(reward):
+    _, _, used = standardised_scores(reward.run)
+    row = pairs_of(reward.run)[int(used.nonzero()[0])]
+    z = reward.hidden([row["prompt"]], [row["chosen"]])
+    assert reward.outside(torch.cat([z, 100 * z])).tolist() == [False, True]
+
+
+def test_score_of_nothing_with_a_check_is_two_empty_lists(reward):
+    assert reward.score([], [], check=True) == ([], [])
+
+
+def test_score_each_gives_none_for_what_is_too_long_and_for_its_check(reward):
+    rewards, outside = reward.score_each(["a", "b"], ["yes", too_long(reward)])
+    assert (rewards[:1], outside[:1]) == reward.score(["a"], ["yes"], check=True)
+    assert (rewards[1], outside[1]) == (None, None)
+
+
+def test_vectors_brought_to_one_length_are_scored_as_they_were_stored(run):
+    sae = read_meta(run / "features.safetensors")["sae"]
+    succeed("02_select_features", "--run", run, "--sae", sae, "--k", 8, "--normalise", "rms")
+    succeed("03_train_head", "--run", run, "--k", 8)
+    reward = stage3.RewardModel.load(run / "reward_head.safetensors")
+    chosen, _, _ = standardised_scores(run)
+    rows = pairs_of(run)
+    stored = reward.head(chosen)
+    scored = torch.tensor(reward.score([row["prompt"] for row in rows],
+                                       [row["chosen"] for row in rows]))
+    assert (scored - stored).abs().max() < 1e-3 * stored.std()
+
+
 def test_score_refuses_what_is_too_long(reward):
     with pytest.raises(stage1.UserError, match="longer"):
         reward.score(["a"], [too_long(reward)])
@@ -964,12 +1273,24 @@ def test_features_that_are_cut_short_are_refused(run):
     refused(run, "features.safetensors", "02_select_features.py")
 
 
-@pytest.mark.parametrize("split, name", [(TRAIN, "train split"), (DEV, "dev split")])
-def test_an_empty_split_is_named(split, name, run):
+def test_a_run_whose_pairs_are_all_of_test_is_refused(run):
     t, meta = stage1.load_stage(run / "features.safetensors")
-    t["split"][t["split"] == split] = TEST
+    t["fold"].fill_(-1)
     stage1.save_stage(run / "features.safetensors", t, meta)
-    refused(run, name)
+    refused(run, "all pairs are in the test split")
+
+
+def test_more_directions_than_were_selected_are_refused(run):
+    assert_one_line_error(command("03_train_head", "--run", run, "--k", 9), "--k 9", "8 latents")
+
+
+@pytest.mark.parametrize("name", ["range", "directions", "w1"])
+def test_a_reward_head_without_one_of_its_tensors_is_refused(name, run):
+    tensors, meta = train(run, "--k", 3)
+    del tensors[name]
+    stage1.save_stage(run / "reward_head.safetensors", tensors, meta)
+    with pytest.raises(stage1.UserError, match=f"not a reward head: {name} missing"):
+        stage3.RewardModel.load(run / "reward_head.safetensors")
 
 
 def test_a_file_that_is_no_reward_head_is_refused(finished):

@@ -90,9 +90,9 @@ def policy(request, tmp_path_factory):
     return stage1.load_backbone(model)
 
 
-def sampled_texts(*args, **settings):
-    """The answers of sample_candidates alone."""
-    texts, _ = stage5.sample_candidates(*args, **settings)
+def sampled_texts(backbone, prompt, n, **settings):
+    """The answers of sample_candidates to one prompt."""
+    texts, _ = stage5.sample_candidates(backbone, [prompt], n, **settings)
     return texts
 
 
@@ -121,6 +121,20 @@ def test_a_candidate_does_not_depend_on_how_many_there_are(policy):
     assert sampled_texts(policy, PROMPTS[1], 2, **SETTINGS) == four[:2]
 
 
+def test_candidates_do_not_depend_on_the_prompts_that_share_their_pass(policy):
+    together, _ = stage5.sample_candidates(policy, PROMPTS, 4, **SETTINGS)
+    alone = [sampled_texts(policy, prompt, 4, **SETTINGS) for prompt in PROMPTS]
+    assert together == sum(alone, [])
+
+
+def test_an_answer_is_cut_at_the_most_new_tokens(policy):
+    _, long = stage5.sample_candidates(policy, PROMPTS, 4, **SETTINGS)
+    _, cut = stage5.sample_candidates(policy, PROMPTS, 4, **SETTINGS | {"max_new_tokens": 5})
+    assert cut.rows == [row[:5] for row in long.rows]
+    assert not any(ended for ended, row in zip(cut.ended, long.rows) if len(row) >= 5)
+    assert not all(cut.ended)
+
+
 def test_candidates_and_seeds_differ(policy):
     of_two_seeds = [sampled_texts(policy, PROMPTS[1], 4, **SETTINGS, seed=seed) for seed in (0, 1)]
     assert len({text for four in of_two_seeds for text in four}) == 8
@@ -142,8 +156,8 @@ def test_the_uniform_numbers_of_sampling_are_those_of_each_step(backbone_of, mon
         seen.append(uniform)
         return torch.full(uniform.shape, 9)
     monkeypatch.setattr(stage5, "draw", noted)
-    stage5.sample_candidates(backbone_of("llama"), PROMPTS[0], 5, max_new_tokens=3, seed=4)
-    expected = stage5.uniform_numbers(PROMPTS[0], 5, 3, 4)
+    stage5.sample_candidates(backbone_of("llama"), PROMPTS[:2], 5, max_new_tokens=3, seed=4)
+    expected = torch.cat([stage5.uniform_numbers(prompt, 5, 3, 4) for prompt in PROMPTS[:2]])
     assert torch.equal(torch.stack(seen, 1), expected)
 
 
@@ -170,55 +184,108 @@ def test_an_answer_ends_at_the_mark_that_closes_a_turn(backbone_of, monkeypatch)
 
 # ---------------------------------------------------------------- scored while sampling
 
-def head_on(backbone, token):
+def head_on(backbone, token, normalise="none"):
     """A RewardModel with a random linear head on block 1."""
     g = torch.Generator().manual_seed(1)
     tensors = {
         "directions": torch.randn(6, tiny.WIDTH, generator=g), "mean": torch.zeros(6),
         "std": torch.ones(6), "w1": torch.randn(6, generator=g), "b1": torch.zeros(1),
-        "temperature": torch.ones(1),
+        "temperature": torch.ones(1), "range": torch.ones(1),
     }
-    return stage3.RewardModel(tensors, {"layer": 1, "token": token, "max_length": 256}, backbone)
+    meta = {"layer": 1, "token": token, "max_length": 256, "normalise": normalise,
+            "norm_eps": 1e-6}
+    return stage3.RewardModel(tensors, meta, backbone)
 
 
 ANSWERS = ["It is.", "It is blue, surely not green.", "", "Yes",
            "One two three four five six seven eight nine ten.",
            "Is"]            # said as I, s: its text is one token
-ONCE = {"empty": 1, "tokenised anew it differs": 1}
-WINDOW = {"a sliding window evicts keys": 6}
+TWO_OF_SIX = {"empty": 1, "tokenised anew it differs": 1}
+EVICTED = TWO_OF_SIX | {"a sliding window evicts keys": 4}
 READ_OFF = [
-    ("llama", "last", ONCE), ("llama", "eot", ONCE), ("llama", "content", ONCE),
-    ("llama", "mean", {"token rule mean": 6}), ("gpt2", "last", ONCE), ("gpt_neox", "last", ONCE),
-    ("phi", "content", ONCE), ("gemma2", "last", WINDOW), ("mistral", "last", WINDOW),
+    ("llama", "mean", TWO_OF_SIX), ("llama", "last", TWO_OF_SIX), ("llama", "eot", TWO_OF_SIX),
+    ("llama", "content", TWO_OF_SIX), ("gpt2", "mean", TWO_OF_SIX), ("gpt2", "last", TWO_OF_SIX),
+    ("gpt_neox", "mean", TWO_OF_SIX), ("gpt_neox", "last", TWO_OF_SIX),
+    ("phi", "content", TWO_OF_SIX),
+    ("mistral", "last", EVICTED), ("gemma2", "last", EVICTED),
 ]
 
 
-def steps_that_say_the_answers(tokenizer):
-    """ANSWERS as the tokens of each step of sampling; the longest is cut before its end mark."""
+def steps_that_say_the_answers(tokenizer, prompts):
+    """ANSWERS to each prompt as the tokens of each step; the last step ends the longest."""
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     said = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ANSWERS[:-1]]
     said.append(tokenizer.convert_tokens_to_ids(list(ANSWERS[-1])))
-    length = max(map(len, said))
-    padded = [ids + [end] * (length - len(ids)) for ids in said]
+    length = max(map(len, said)) + 1
+    padded = [ids + [end] * (length - len(ids)) for ids in said] * prompts
     return [list(step) for step in zip(*padded)]
 
 
-@pytest.mark.parametrize("prompt", PROMPTS, ids=["first", "second", "messages"])
+def sample_the_answers(reward, prompts, monkeypatch, steps=-1):
+    """→ (prompt of each row, texts, Sampled) of ANSWERS to each prompt, all in one pass.
+
+    steps: where sampling stops; the default cuts the longest before its end mark, None nothing.
+    """
+    said = steps_that_say_the_answers(reward.backbone.tokenizer, len(prompts))[:steps]
+    sampling_says(monkeypatch, said)
+    layer = 1 if reward.meta["token"] == "mean" else None
+    texts, sampled = stage5.sample_candidates(reward.backbone, prompts, len(ANSWERS), layer=layer,
+                                              max_new_tokens=len(said))
+    return [prompt for prompt in prompts for _ in ANSWERS], texts, sampled
+
+
+def assert_read_off_as_scored(reward, prompts, texts, sampled):
+    """The rewards of the sampling are those of a pass of its own → how many were scored anew."""
+    scores, outside, reasons = score_sampled(reward, prompts, texts, sampled)
+    largest = reward.scores_of(reward.hidden(prompts, texts)).abs().amax(1)
+    own = torch.tensor(reward.score(prompts, texts))
+    assert scores == pytest.approx(own.tolist(), abs=1e-3 * float(own.std()))
+    assert outside == (largest > reward.range).tolist()
+    return reasons
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS], ids=["one", "three"])
 @pytest.mark.parametrize("family, token, ordinary", READ_OFF)
 def test_rewards_read_off_the_sampling_are_those_of_a_pass_of_its_own(
-        family, token, ordinary, prompt, backbone_of, monkeypatch):
-    backbone = backbone_of(family)
-    reward = head_on(backbone, token)
-    steps = steps_that_say_the_answers(backbone.tokenizer)
-    sampling_says(monkeypatch, steps)
-    texts, sampled = stage5.sample_candidates(backbone, prompt, 6, max_new_tokens=len(steps))
-    assert texts == ANSWERS
+        family, token, ordinary, prompts, backbone_of, monkeypatch):
+    reward = head_on(backbone_of(family), token)
+    rows, texts, sampled = sample_the_answers(reward, prompts, monkeypatch)
+    assert texts == ANSWERS * len(prompts)
+    reasons = assert_read_off_as_scored(reward, rows, texts, sampled)
+    assert reasons == {reason: count * len(prompts) for reason, count in ordinary.items()}
 
-    scores, reasons = score_sampled(reward, prompt, texts, sampled)
-    own = reward.score([prompt] * 6, texts)
-    spread = float(torch.tensor(own).std())
-    assert scores == pytest.approx(own, abs=1e-4 * spread + 1e-5)
-    assert reasons == ordinary
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "qwen2"])
+def test_a_window_does_not_hinder_the_mean_of_answers_that_ended(family, backbone_of, monkeypatch):
+    reward = head_on(backbone_of(family), "mean")
+    rows, texts, sampled = sample_the_answers(reward, PROMPTS, monkeypatch, steps=None)
+    assert max(map(len, sampled.rows)) > tiny.WINDOW and all(sampled.ended)
+    reasons = assert_read_off_as_scored(reward, rows, texts, sampled)
+    assert reasons == {reason: 3 * count for reason, count in TWO_OF_SIX.items()}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma2"])
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_rewards_of_answers_that_are_cut_short_are_read_off_as_well(
+        steps, family, backbone_of, monkeypatch):
+    reward = head_on(backbone_of(family), "mean")
+    rows, texts, sampled = sample_the_answers(reward, PROMPTS, monkeypatch, steps)
+    assert max(map(len, sampled.rows)) == steps
+    assert_read_off_as_scored(reward, rows, texts, sampled)
+
+
+def test_rewards_of_vectors_of_one_length_are_read_off_as_well(backbone_of, monkeypatch):
+    reward = head_on(backbone_of("llama"), "mean", normalise="rms")
+    assert_read_off_as_scored(reward, *sample_the_answers(reward, PROMPTS, monkeypatch))
+
+
+def test_what_lies_outside_is_told_of_answers_read_off_the_sampling(backbone_of, monkeypatch):
+    reward = head_on(backbone_of("llama"), "mean")
+    rows, texts, sampled = sample_the_answers(reward, PROMPTS, monkeypatch)
+    reward.range = float(reward.scores_of(reward.hidden(rows, texts)).abs().amax(1).mean())
+    _, outside, _ = score_sampled(reward, rows, texts, sampled)
+    assert outside == reward.score(rows, texts, check=True)[1]
+    assert {False, True} == set(outside)
 
 
 # ---------------------------------------------------------------- the curve
@@ -400,6 +467,25 @@ def test_a_prompt_that_stands_twice_is_sampled_once(at):
     assert [row["prompt"] for row in rows] == ["a", "b"]
 
 
+def test_the_texts_do_not_depend_on_how_many_rows_share_a_pass(at):
+    prompts = [{"prompt": prompt} for prompt in [*PROMPTS, "a", "One two?"]]
+    of_64 = done(at, "sample", prompts, *SHORT)
+    for count in (1, 6, 9):
+        at.out.unlink()
+        found = done(at, "sample", prompts, *SHORT, "--batch-rows", count)
+        for row, expected in zip(found, of_64, strict=True):
+            assert row["candidates"] == expected["candidates"]
+            assert row["scores"] == pytest.approx(expected["scores"], abs=1e-4)
+
+
+def test_sample_and_rank_tell_which_answers_lie_outside(at, reward):
+    sampled = done(at, "sample", [{"prompt": "a"}, {"prompt": "b"}], *SHORT)
+    ranked = done(at, "rank", sampled)
+    for row in sampled + ranked:
+        _, outside = reward.score([row["prompt"]] * 3, row["candidates"], check=True)
+        assert row["outside"] == outside
+
+
 def test_the_curve_of_sample_ends_at_the_mean_of_the_best_rewards(at):
     rows = done(at, "sample", [{"prompt": "a"}, {"prompt": "b"}], *SHORT)
     curve = json.loads(at.curve.read_text())["curve"]
@@ -412,9 +498,9 @@ def counted(monkeypatch):
     asked = []
     real = stage5.sample_candidates
 
-    def noted(policy, prompt, **settings):
-        asked.append(prompt)
-        return real(policy, prompt, **settings)
+    def noted(policy, prompts, **settings):
+        asked.extend(prompts)
+        return real(policy, prompts, **settings)
     monkeypatch.setattr(stage5, "sample_candidates", noted)
     return asked
 
@@ -432,7 +518,8 @@ def sample_here(at, *args):
 
 @pytest.mark.parametrize("cut", ['"candidates"', "–"], ids=["between values", "within a character"])
 def test_a_killed_sample_run_goes_on_and_ends_with_the_same_file(cut, at, counted):
-    sample_here(at)
+    two_a_pass = "--batch-rows", 6
+    sample_here(at, *two_a_pass)
     whole, curve = at.out.read_bytes(), at.curve.read_bytes()
     first, second, third, _ = whole.splitlines(keepends=True)
     at.part.write_bytes(first + second + third[:third.index(cut.encode()) + 1])
@@ -440,10 +527,20 @@ def test_a_killed_sample_run_goes_on_and_ends_with_the_same_file(cut, at, counte
     at.curve.unlink()
     counted.clear()
 
-    sample_here(at)
+    sample_here(at, *two_a_pass)
     assert counted == CASES[2:]
     assert at.out.read_bytes() == whole and at.curve.read_bytes() == curve
     assert not at.part.exists()
+
+
+@pytest.mark.parametrize("whole_rows", [1, 2, 3])
+def test_a_sample_run_killed_while_a_pass_was_written_ends_with_the_same_file(whole_rows, at):
+    sample_here(at)                             # all four prompts in one pass
+    whole = at.out.read_bytes()
+    at.part.write_bytes(b"".join(whole.splitlines(keepends=True)[:whole_rows]))
+    at.out.unlink()
+    sample_here(at)
+    assert at.out.read_bytes() == whole
 
 
 def test_a_finished_sample_run_is_not_sampled_again(at, counted):
@@ -607,7 +704,9 @@ def test_a_least_margin_drops_what_is_below_with_a_reason(at):
 
 
 def test_a_pair_whose_two_sides_score_the_same_is_dropped():
-    reward = SimpleNamespace(score=lambda prompts, texts: [float(len(text)) for text in texts])
+    def lengths(prompts, texts, check):
+        return [float(len(text)) for text in texts], [False] * len(texts)
+    reward = SimpleNamespace(score=lengths)
     rows = [{"prompt": "a", "chosen": "yes", "rejected": rejected} for rejected in ("no", "ten")]
     stage5.score_rows(rows, reward, 0.0)
     assert [row["margin"] for row in rows] == [1.0, 0.0]
@@ -616,10 +715,18 @@ def test_a_pair_whose_two_sides_score_the_same_is_dropped():
 
 # ---------------------------------------------------------------- pairs through a filter
 
+def pairs_of_two_minds():
+    """Twenty pairs, every third the wrong way round."""
+    pairs = tiny.make_pairs(20)
+    for pair in pairs[::3]:
+        pair["chosen"], pair["rejected"] = pair["rejected"], pair["chosen"]
+    return pairs
+
+
 @pytest.fixture(scope="module")
 def agreed(reward):
     """Twenty pairs → {id: does the reward agree with it}."""
-    pairs = tiny.make_pairs(20)
+    pairs = pairs_of_two_minds()
     prompts = [pair["prompt"] for pair in pairs]
     chosen = reward.score(prompts, [pair["chosen"] for pair in pairs])
     rejected = reward.score(prompts, [pair["rejected"] for pair in pairs])
@@ -627,7 +734,7 @@ def agreed(reward):
 
 
 def test_a_filter_keeps_the_pairs_that_the_reward_agrees_with(at, agreed):
-    pairs = tiny.make_pairs(20)
+    pairs = pairs_of_two_minds()
     kept = done(at, "filter", pairs, "--plain")
     assert 0 < len(kept) < 20
     assert [row["id"] for row in kept] == [name for name, agrees in agreed.items() if agrees]
@@ -637,7 +744,7 @@ def test_a_filter_keeps_the_pairs_that_the_reward_agrees_with(at, agreed):
 
 
 def test_a_filter_gives_a_reason_for_every_pair_that_it_drops(at, agreed):
-    done(at, "filter", tiny.make_pairs(20))
+    done(at, "filter", pairs_of_two_minds())
     dropped = read(at.dropped)
     assert [row["id"] for row in dropped] == [name for name, agrees in agreed.items() if not agrees]
     assert {row["reason"] for row in dropped} == {"the rejected side scores as high or higher"}

@@ -1,15 +1,18 @@
-"""benchmarks/align.py, rank_answers.py and what all benchmarks share: what their figures are made
-of."""
+"""benchmarks/align.py, rank_answers.py, best_of_n.py, sweeps.py and what all benchmarks share: what
+their figures are made of."""
+
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny
 import torch
 
-from benchmarks import align, common, rank_answers
+from benchmarks import align, best_of_n, common, rank_answers, sweeps
 from parts.files import UserError
+from parts.statistics import bootstrap, summary
 
-stage1 = common.stage1
+stage1, stage2, stage3, stage4 = common.stage1, common.stage2, common.stage3, common.stage4
 
 
 # ---------------------------------------------------------------- what the benchmarks share
@@ -78,6 +81,74 @@ def test_sets_without_a_name_are_not_taken(words):
 
 def test_a_set_is_named_before_the_first_sign():
     assert common.named_sets(["a=x=1", "b=y"]) == {"a": "x=1", "b": "y"}
+
+
+def test_a_difference_without_an_interval_says_so():
+    row = {"mean": 0.5, "low": None, "high": None}
+    assert common.difference(row) == "+.500 (cannot tell)"
+
+
+def test_an_interval_over_one_seed_is_the_bootstrap_over_groups():
+    rng = np.random.default_rng(0)
+    groups = np.arange(60) // 2
+    values = rng.integers(0, 2, 60).astype(float)
+    found = common.mean_interval(values, groups)
+    assert (found["mean"], found["low"], found["high"]) == pytest.approx(bootstrap(values, groups))
+
+
+def test_an_interval_over_seeds_is_that_of_a_plain_loop_over_draws_of_both():
+    rng = np.random.default_rng(0)
+    groups = np.arange(40) // 2
+    values = rng.normal(size=(3, 40))
+    means = []
+    for _ in range(4000):
+        drawn = rng.integers(20, size=20)
+        pairs = np.concatenate([2 * drawn, 2 * drawn + 1])
+        means.append(values[rng.integers(3, size=3)][:, pairs].mean())
+    found = common.mean_interval(values, groups)
+    assert found["mean"] == pytest.approx(values.mean())
+    assert [found["low"], found["high"]] == pytest.approx(np.quantile(means, [0.025, 0.975]),
+                                                          abs=0.05)
+
+
+# ---------------------------------------------------------------- the dense head
+
+@pytest.fixture
+def telling_pairs():
+    """40 pairs of 20 questions whose first column tells chosen from rejected, with noise."""
+    generator = torch.Generator().manual_seed(0)
+    z = [torch.randn(40, 6, generator=generator) for _ in range(2)]
+    z[0][:, 0] += 3
+    nothing = np.zeros(40)
+    return stage4.Pairs(z, torch.zeros(40), np.arange(40) // 2, [nothing, nothing], [{}] * 40)
+
+
+def test_the_dense_head_has_the_penalty_with_the_least_loss_out_of_fold(telling_pairs):
+    losses = {}
+    for l2 in stage3.PENALTIES:
+        total = 0.0
+        for fold in range(5):
+            held = telling_pairs.fold == fold
+            mean, std = stage2.standardisation(telling_pairs.z, ~held)
+            chosen, rejected = [(z - mean) / std for z in telling_pairs.z]
+            head = stage3.fit_linear(chosen[~held], rejected[~held], "bt", l2)
+            difference = (chosen[held] - rejected[held]) @ head.w1
+            total += float(-torch.nn.functional.logsigmoid(difference).sum())
+        losses[l2] = total
+    mean, std = stage2.standardisation(telling_pairs.z, torch.ones(40, dtype=torch.bool))
+    chosen, rejected = [(z - mean) / std for z in telling_pairs.z]
+    wanted = stage3.fit_linear(chosen, rejected, "bt", min(losses, key=losses.get))
+    assert torch.allclose(common.fit_dense(telling_pairs).head.w1, wanted.w1, atol=1e-4)
+
+
+def test_a_dense_head_out_of_fold_has_not_seen_what_it_judges(telling_pairs):
+    before = common.dense_out_of_fold(telling_pairs).differences
+    held = telling_pairs.fold == 0
+    chosen, rejected = telling_pairs.z
+    telling_pairs.z = [torch.where(held[:, None], rejected, chosen),
+                       torch.where(held[:, None], chosen, rejected)]
+    after = common.dense_out_of_fold(telling_pairs).differences
+    assert after[held.numpy()] == pytest.approx(-before[held.numpy()], abs=1e-5)
 
 
 # ---------------------------------------------------------------- align.py
@@ -150,6 +221,22 @@ def test_a_policy_is_read_on_both_sides_and_on_every_candidate(backbone_of):
     assert found["mc1"] == [question["labels"][likeliest]]
 
 
+@pytest.mark.parametrize("tokens, wanted", [([9, 9, 2], [1, -1]), ([1, 1, 9], [-1, 1])])
+def test_the_length_filter_has_the_sign_that_wins_on_the_reward_model_s_pairs(tokens, wanted):
+    pairs = stage4.Pairs([torch.zeros(3, 1)] * 2, torch.zeros(3), np.arange(3),
+                         [np.array(tokens), np.full(3, 5)], [{}] * 3)
+    policy = [{"chosen": "one two", "rejected": "one"}, {"chosen": "one", "rejected": "one two"}]
+    assert align.length_differences(pairs, policy).tolist() == wanted
+
+
+def test_the_dense_filter_reads_the_policy_s_pairs_as_the_reward_model_does(finished):
+    reward = stage3.RewardModel.load(finished / "reward_head.safetensors")
+    paths, _ = stage2.shard_files(finished)
+    pairs = stage4.Pairs(**stage4.read_pairs(finished, paths, reward.meta))
+    found = align.dense_differences(pairs, reward, pairs.pairs)
+    assert found == pytest.approx(common.fit_dense(pairs).differences(pairs.z).numpy(), abs=1e-3)
+
+
 # ---------------------------------------------------------------- rank_answers.py
 
 @pytest.mark.parametrize("scores, labels, wanted", [
@@ -159,3 +246,58 @@ def test_a_policy_is_read_on_both_sides_and_on_every_candidate(backbone_of):
 ])
 def test_candidates_that_share_the_highest_score_share_the_label(scores, labels, wanted):
     assert rank_answers.label_of_best(scores, labels) == wanted
+
+
+# ---------------------------------------------------------------- best_of_n.py
+
+@pytest.fixture(scope="module")
+def reward(finished):
+    """The reward model of the finished run."""
+    return stage3.RewardModel.load(finished / "reward_head.safetensors")
+
+
+def test_all_ways_sample_as_many_answers_and_all_scores_agree(reward):
+    args = SimpleNamespace(n=3, batch_rows=6, max_new_tokens=6)
+    prompts = ["Is water wet?", "Which colour has the sky?", "One"]
+    found = best_of_n.measure(reward, prompts, args)
+    assert set(found.tokens) == {best_of_n.SEVERAL, best_of_n.ONE, best_of_n.GENERATE}
+    assert found.tokens[best_of_n.ONE] == found.tokens[best_of_n.SEVERAL]      # the same texts
+    assert 9 <= found.tokens[best_of_n.GENERATE] <= 9 * 6
+    for way in ("off the sampling", "packed", "padded"):
+        assert found.scores[way] == pytest.approx(found.scores["packed"], abs=1e-3)
+        assert len(found.scores[way]) == 9
+
+
+def test_the_tokens_of_generate_count_up_to_the_first_end():
+    output = torch.tensor([[5, 6, 2, 2], [5, 6, 7, 8], [2, 2, 2, 2]])
+    assert best_of_n.tokens_generated(output, {2}) == 3 + 4 + 1
+
+
+# ---------------------------------------------------------------- sweeps.py
+
+def test_a_loss_and_head_is_the_method_of_stage_4_with_those_settings(finished, tmp_path):
+    args = SimpleNamespace(run=finished, name=None, sae=None)
+    found = sweeps.heads(args)
+    assert list(found) == ["linear bt", "linear margin", "linear bce",
+                           "mlp bt", "mlp margin", "mlp bce"]
+    data = stage4.Data(finished)
+    for name, method in {"linear bt": stage4.sparserm, "mlp margin": stage4.paper}.items():
+        outcome = method(data)
+        wanted = summary(outcome.differences, data.group)
+        assert {key: found[name][key] for key in wanted} == wanted
+        assert found[name]["choices"] == outcome.choices
+
+
+def test_layers_and_token_rules_are_compared_without_the_test_split(finished, tmp_path,
+                                                                    monkeypatch):
+    args = SimpleNamespace(model=str(finished.parent / "model"), layers=[0, 1],
+                           tokens=["last", "mean"], pairs=str(finished.parent / "pairs.jsonl"),
+                           out=str(tmp_path / "run"))
+
+    def run_here(script, *flags):
+        tiny.succeed(script.removesuffix(".py"), *flags)
+    monkeypatch.setattr(common, "run_script", run_here)
+    found = sweeps.layers(args)
+    assert list(found) == ["last", "mean"] and list(found["mean"]) == ["0", "1"]
+    splits = common.pairs_by_split(tmp_path / "run")
+    assert found["mean"]["1"]["n"] == len(splits["train"]) + len(splits["dev"]) < 60

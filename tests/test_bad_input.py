@@ -31,7 +31,7 @@ PKU = line_of(prompt="q", response_0="a", response_1="b", safer_response_id=0)
 ONE = "01_extract --model {model} --layer 1 --run {run} --pairs {at}/"
 TWO = "02_select_features --run {run} --sae {at}/"
 THREE = "03_train_head --run {run}"
-FOUR = "04_evaluate --run {run} --texts 0 --seeds 1 --sweeps none"
+FOUR = "04_evaluate --run {run} --texts 0 --sweeps none"
 SAMPLE = "05_best_of_n sample --reward {run}/reward_head.safetensors --prompts {at}/"
 RANK = "05_best_of_n rank --reward {run}/reward_head.safetensors --candidates {at}/"
 PAIRS = "05_best_of_n pairs --reward {run}/reward_head.safetensors"
@@ -56,6 +56,9 @@ BAD_FILES = [
     (ONE + "bad.jsonl", PAIR + line_of(prompt="q", chosen=1, rejected=2) * 2, "more than half"),
     (ONE + "bad.jsonl", line_of(prompt="q", chosen="a", rejected="a"), "same token sequence"),
     (ONE + "bad.jsonl --max-length 3", PAIR, "longer than max length"),
+    (ONE + "bad.jsonl", PAIR, "other pairs .* --overwrite"),
+    (ONE + "bad.jsonl --overwrite", b"", "no usable pair.*empty"),
+    (ONE + "bad.jsonl --overwrite", PAIR + line_of(prompt="q") * 2, "more than half"),
     (ONE + "bad.json", b'{"prompt": "a"}', "not an array"),
     (ONE + "bad.json", b'[{"prompt": "a"', "bad.json"),
     (ONE + "bad.csv", b"good,worse\na,b\n", "columns not recognised"),
@@ -101,10 +104,13 @@ BAD_NAMES = [
     (ONE + "pairs.jsonl --model no/such", "no/such"),
     (ONE + "pairs.jsonl --pairs hub:no/such", "hub:no/such"),
     (TWO + "run/features.safetensors", "unknown layout|missing"),
+    (ONE + "pairs.jsonl --max-length 99", "max_length 2048, this is max_length 99.*--overwrite"),
     (TWO + "sae.safetensors --layer 2", "layer 2 was not extracted"),
+    (TWO + "sae.safetensors --token last", "token last was not extracted, only mean"),
     (TWO + "sae.safetensors --sae hub:no/such", "no/such"),
     (THREE + " --k some", "--k some"),
     (THREE + " --k 9", "--k 9"),
+    (FOUR + " --name none", "none/reward_head.safetensors.*03_train_head"),
     (FOUR + " --other bad", "NAME=DIR"),
     (FOUR + " --explain no-such-id", "no-such-id"),
     (FOUR + " --explain one two", "--explain"),
@@ -121,12 +127,14 @@ BAD_NUMBERS = {
     TWO + "sae.safetensors": ["--k 0"],
     THREE: [
         "--k 0", "--k -1", "--seeds 0", "--epochs 0", "--lr nan", "--lr -1", "--lr 0",
-        "--weight-decay -1", "--patience -1", "--loss margin --margin nan",
+        "--l2 0", "--l2 -1", "--l2 nan", "--l2 inf", "--l2 much", "--k 1.5",
+        "--patience -1", "--loss margin --margin nan",
         "--loss margin --margin inf", "--loss margin --margin -1", "--head mlp --hidden 0"],
-    FOUR: ["--seeds 0", "--texts -1"],
+    FOUR: ["--folds 2", "--folds 21", "--texts -1"],
     SAMPLE + "prompts.jsonl": [
         "--n 0", "--n -1", "--max-new-tokens 0", "--temperature -1", "--temperature nan",
-        "--temperature inf", "--top-p 0", "--top-p 1.5", "--limit 0", "--limit -1"],
+        "--temperature inf", "--top-p 0", "--top-p 1.5", "--limit 0", "--limit -1",
+        "--batch-rows 0"],
 }
 
 
@@ -220,7 +228,7 @@ def test_the_commands_that_the_moved_ones_name_are_there(module, capsys):
     assert f"usage: python -m tools.{module} " in capsys.readouterr().out
 
 
-SHARD = "activations/layer1-00000-of-00001.safetensors"
+SHARD = "activations/layer1-mean-00000-of-00001.safetensors"
 FEATURES, HEAD = "features.safetensors", "reward_head.safetensors"
 IN_THE_PLACE = [
     (TWO + "sae.safetensors", SHARD, FEATURES),

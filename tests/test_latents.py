@@ -20,7 +20,7 @@ stage1 = importlib.import_module("01_extract")
 stage3 = importlib.import_module("03_train_head")
 stage4 = importlib.import_module("04_evaluate")
 TRAIN, DEV, TEST = range(3)
-END = "<|im_end|>\n"            # what the template puts after a response; its last token is scored
+END = "<|im_end|>\n"            # what the template puts after a response
 
 
 def draw(*shape, seed=0):
@@ -196,8 +196,8 @@ CHAT = [{"role": "user", "content": "q"}]
 # id, split, prompt, chosen, rejected, how far along the direction either lies
 ROWS = [
     ("a", TRAIN, "p", "x", "y", 5.0, -1.0),
-    ("b", TRAIN, "q", "s", "t", 3.0, 2.0),
-    ("c", DEV, "p", "u", "v", 99.0, -99.0),
+    ("b", DEV, "q", "s", "t", 3.0, 2.0),
+    ("c", TEST, "p", "u", "v", 99.0, -99.0),
     ("d", TRAIN, CHAT, "s", "w", -4.0, 4.0),        # another prompt than that of b
     ("e", TRAIN, "q", "s", "z", 3.0, -2.0),         # the chosen answer of b again
 ]
@@ -218,7 +218,7 @@ def extreme(count):
     return found
 
 
-def test_extreme_texts_are_those_of_train_in_order():
+def test_extreme_texts_are_those_of_train_and_dev_in_order():
     assert extreme(3) == {
         "highest": [("a", "chosen", 5.0), ("d", "rejected", 4.0), ("b", "chosen", 3.0)],
         "lowest": [("d", "chosen", -4.0), ("e", "rejected", -2.0), ("a", "rejected", -1.0)]}
@@ -226,7 +226,7 @@ def test_extreme_texts_are_those_of_train_in_order():
 
 def test_an_answer_in_several_pairs_of_a_prompt_is_shown_once():
     found = extreme(99)
-    assert len(found["highest"]) == len(found["lowest"]) == 7       # of 8 train responses
+    assert len(found["highest"]) == len(found["lowest"]) == 7       # of 8 responses
     assert ("e", "chosen", 3.0) not in found["highest"]
 
 
@@ -245,7 +245,7 @@ def rows(opened):
     """Rows of all latents; number n adds a random number, its interval is (10n, 10n + 1)."""
     data, model = opened
     count = len(data.head["latents"])
-    intervals = [[10.0 * n for n in range(count)], [10.0 * n + 1 for n in range(count)]]
+    intervals = [(10.0 * n, 10.0 * n + 1) for n in range(count)]
     return latents.latent_rows(data, model.head, draw(count), model.backbone, intervals, 2, shown=3)
 
 
@@ -273,9 +273,9 @@ def test_a_row_holds_the_weight_the_side_and_the_interval_of_its_latent(rows, op
         assert len(row["tokens"]) == 8
 
 
-def test_a_row_holds_how_often_its_latent_fires_on_either_side_of_train(rows, opened):
+def test_a_row_holds_how_often_its_latent_fires_on_either_side_of_train_and_dev(rows, opened):
     data, _ = opened
-    train = [n for n, split in enumerate(data.split) if split == TRAIN]
+    train = [n for n, split in enumerate(data.split) if split != TEST]
     for row in rows:
         for z, name in zip(data.z, ("frequency_chosen", "frequency_rejected")):
             fires = [float(z[n] @ data.sae.W_dec[row["latent"]] > 0) for n in train]
@@ -292,23 +292,24 @@ def test_the_first_rows_have_texts_at_both_ends_in_order(rows):
 
 
 def test_a_text_shows_its_own_score_and_what_its_tokens_fire(rows, opened):
-    data, _ = opened
+    data, model = opened
     pair_named = {pair["id"]: (n, pair) for n, pair in enumerate(data.pairs)}
     for row, n in numbered(rows[:3], data):
         for text in row["texts"]["highest"] + row["texts"]["lowest"]:
             at, pair = pair_named[text["id"]]
             z = data.z[text["side"] == "rejected"][at]
-            fires = max(0.0, float(z @ data.sae.W_dec[row["latent"]]))
             score = float(z @ data.head["directions"][n])
+            hidden = hidden_alone(model.backbone, model.render(pair["prompt"], pair[text["side"]]))
+            fires = max(0.0, float(hidden[-1] @ data.sae.W_dec[row["latent"]]))
             assert text["score"] == pytest.approx(score, abs=1e-4)
             assert text["prompt"] == pair["prompt"]
             assert "".join(token for token, _ in text["heat"]) == pair[text["side"]] + END
-            assert text["heat"][-1] == ["\n", pytest.approx(fires, abs=2e-3)]   # the scored token
+            assert text["heat"][-1] == ["\n", pytest.approx(fires, abs=2e-3)]
 
 
 def rows_without_backbone(data, head):
     count = len(data.head["latents"])
-    return latents.latent_rows(data, head, torch.zeros(count), None, [[0.0] * count] * 2, 5)
+    return latents.latent_rows(data, head, torch.zeros(count), None, [(None, None)] * count, 5)
 
 
 def test_without_a_language_model_rows_have_no_tokens_and_no_texts(opened):
@@ -316,6 +317,12 @@ def test_without_a_language_model_rows_have_no_tokens_and_no_texts(opened):
     rows = rows_without_backbone(data, model.head)
     assert len(rows) == len(data.head["latents"])
     assert all(row["tokens"] == [] and row["texts"] == {} for row in rows)
+
+
+def test_a_row_without_an_interval_holds_none(opened):
+    data, model = opened
+    for row in rows_without_backbone(data, model.head):
+        assert row["low"] is row["high"] is None
 
 
 def test_a_latent_of_an_sae_with_a_page_is_linked(opened, monkeypatch):
@@ -328,7 +335,7 @@ def test_a_latent_of_an_sae_with_a_page_is_linked(opened, monkeypatch):
 
 def test_a_latent_of_an_mlp_has_no_weight(opened):
     data, _ = opened
-    mlp = stage3.start_head(len(data.head["latents"]), "mlp", 3)
+    mlp = stage3.MLPHead(len(data.head["latents"]), 3)
     assert all(row["weight"] is None for row in rows_without_backbone(data, mlp))
 
 
@@ -363,7 +370,7 @@ def test_a_wrong_pair_shows_its_confidence_and_the_beginning_of_both_responses()
 
 # ---------------------------------------------------------------- why A beat B
 
-NUMBER = r" +([+-]\d\.\d{3})"
+NUMBER = r" +([+-]\d+\.\d{3})"
 LINE = re.compile(rf"^ +(\d+)  (?:chosen|rejected){NUMBER * 3} ", re.MULTILINE)
 
 

@@ -1,15 +1,15 @@
 """What stage 4 draws, prints and says in words, against numbers worked by hand."""
 
 import base64
+import re
 import sys
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
 from parts import report
-
-CONTROLS = ["dense", *report.SAYS]
-
+from parts.statistics import side_by_side
 
 # ---------------------------------------------------------------- pictures
 
@@ -33,10 +33,8 @@ def test_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch):
 
 def row(accuracy, ties=0.0):
     """A summary whose interval is [accuracy - 0.1, accuracy + 0.2]."""
-    half = accuracy + ties / 2
     return {"accuracy": accuracy, "low": accuracy - 0.1, "high": accuracy + 0.2, "ties": ties,
-            "ties_half": half, "half_low": half - 0.1, "half_high": half + 0.2,
-            "n": 60, "groups": 40}
+            "ties_half": accuracy + ties / 2, "method": "bootstrap", "n": 60, "groups": 40}
 
 
 def drawn(draw, *what):
@@ -65,17 +63,22 @@ def test_an_accuracy_is_a_dot_and_its_interval_and_a_ring_where_ties_count_half(
     ]
 
 
-def test_curves_are_drawn_by_rising_size_with_a_tie_as_half():
+def test_curves_are_drawn_by_rising_size():
     curve = {"sparserm": {"16": row(0.9), "2": row(0.1, ties=1), "1": row(0.5)},
              "dense": {"1": row(0.7)}}
     axes, lines = drawn(report.curve_plot, curve, "K")
-    assert lines == [([1, 2, 16], [0.5, 0.6, 0.9]), ([1], [0.7])]
+    assert lines == [([1, 2, 16], [0.5, 0.1, 0.9]), ([1], [0.7])]
     assert axes.get_xlabel() == "K"
 
 
+def test_a_curve_that_is_not_there_is_not_drawn():
+    curve = {"sparserm": {"1": row(0.5)}, "words": {"1": row(0.7)}}
+    _, lines = drawn(report.curve_plot, curve, "K")
+    assert lines == [([1], [0.5])]
+
+
 def test_a_band_is_drawn_for_sparserm_and_for_random_directions_only():
-    curve = {name: {"1": row(0.5), "2": row(0.6)} for name in
-             ("sparserm", "random_directions", "random_latents", "activations", "dense")}
+    curve = {name: {"1": row(0.5), "2": row(0.6)} for name in report.IN_CURVE}
     axes, _ = drawn(report.curve_plot, curve, "K")
     assert len(axes.collections) == 2
     corners = axes.collections[0].get_paths()[0].vertices[:, 1]
@@ -93,61 +96,113 @@ def test_reliability_is_drawn_bin_by_bin_beside_the_diagonal():
 CLEAR = {"mean": 0.1, "low": 0.001, "high": 0.2}
 TOUCHING = {"mean": 0.1, "low": 0.0, "high": 0.2}
 BELOW = {"mean": -0.1, "low": -0.3, "high": -0.01}
-FINE = {"sparserm": {"low": 0.6, "n": 50}, "shuffled_labels": {"low": 0.4}, "words": {"high": 0.6}}
+CANNOT_TELL = {"mean": 0.1, "low": None, "high": None}
+SPOKEN_OF = [*report.QUESTIONS, "length", "shuffled_labels"]
 
 
-def said(accuracy=FINE, warnings=(), **differences):
-    """in_words where all is fine but for what is given."""
-    every = dict.fromkeys(CONTROLS, CLEAR) | differences
-    return report.in_words({"differences": every, "accuracy": accuracy}, list(warnings))
+def said(differences=None, repeated=0.0, curves=None, **rows):
+    """The verdict where SparseRM is clearly better than every control, but for what is given."""
+    accuracy = {"sparserm": row(0.8), "words": row(0.6), "length": row(0.5)}
+    behind = dict.fromkeys(SPOKEN_OF, CLEAR)
+    return report.verdict({"accuracy": accuracy | rows, "repeated_answers": repeated,
+                           "differences": behind | (differences or {}), "curves": curves or {}})
 
 
-def test_where_every_difference_is_clear_of_0_nothing_is_said():
-    assert said() == []
+def test_where_all_is_well_the_verdict_is_the_accuracy_and_what_each_part_adds():
+    first, *rest = said()
+    assert first == "SparseRM ranks 0.800 of the pairs right [0.700, 1.000]."
+    assert len(rest) == len(report.QUESTIONS)
+    for sentence, (better, *_) in zip(rest, report.QUESTIONS.values(), strict=True):
+        assert sentence == f"{better[0].upper()}{better[1:]} (+0.100 [+0.001, +0.200])."
 
 
-@pytest.mark.parametrize("name", report.SAYS)
-def test_a_control_is_spoken_of_unless_the_interval_of_the_difference_is_clear_of_0(name):
-    sentence, = said(**{name: TOUCHING})
-    shown = name.replace("_", " ")
-    assert sentence == f"{shown} (+0.100 [+0.000, +0.200]): {report.SAYS[name]}"
+@pytest.mark.parametrize("groups, small", [(5, True), (19, True), (20, False)])
+def test_a_set_of_fewer_than_20_prompts_is_too_small_and_nothing_else_is_said(groups, small):
+    found = said(sparserm=row(0.8) | {"groups": groups}, words=row(1.0))
+    assert (found[0].startswith("Too small:") and len(found) == 1) is small
+    assert (f"{groups} prompts" in found[0]) is small
 
 
-@pytest.mark.parametrize("name", CONTROLS)
-def test_a_control_that_is_better_is_named(name):
-    sentence, = said(**{name: BELOW})
-    shown = name.replace("_", " ")
-    assert sentence == f"{shown} (-0.100): measurably better than SparseRM here"
+@pytest.mark.parametrize("share, easy", [(0.85, True), (0.84, False)])
+@pytest.mark.parametrize("name", ["words", "length"])
+def test_a_set_that_words_or_length_alone_get_right_is_too_easy(name, share, easy):
+    found = said({name: TOUCHING}, **{name: row(share)})
+    assert any(text.startswith(f"Too easy: {name} alone get") for text in found) is easy
 
 
-def test_the_dense_control_may_be_as_good():
-    assert said(dense={"mean": -0.1, "low": -0.3, "high": 0.0}) == []
+def test_a_set_is_not_too_easy_where_sparserm_is_clearly_better_than_the_words():
+    assert not any("Too easy" in text for text in said(words=row(0.9)))
 
 
-def test_every_control_that_is_not_behind_has_its_own_sentence():
-    assert len(said(words=TOUCHING, dense=BELOW, length=BELOW)) == 3
+def test_words_and_length_that_are_both_right_are_one_sentence_with_the_larger_share():
+    level = {"words": TOUCHING, "length": CANNOT_TELL}
+    first, *_ = said(level, words=row(0.9), length=row(0.95))
+    assert first.startswith("Too easy: words and length alone get 0.95.")
 
 
-@pytest.mark.parametrize("name, found, words", [
-    ("sparserm", {"low": 0.5, "n": 50}, "coin"),
-    ("sparserm", {"low": 0.6, "n": 49}, "only 49 test pairs"),
-    ("shuffled_labels", {"low": 0.51}, "leak"),
-    ("words", {"high": 0.49}, "below one half"),
+def test_a_tie_of_the_words_counts_half_where_a_set_is_too_easy():
+    assert said({"words": BELOW}, words=row(0.8, ties=0.1))[0].startswith("Too easy: words")
+    assert not said({"words": BELOW}, words=row(0.8))[0].startswith("Too easy")
+
+
+@pytest.mark.parametrize("repeated, spoken_of", [(0.11, True), (0.1, False)])
+def test_answers_that_stand_under_several_prompts_are_spoken_of(repeated, spoken_of):
+    found = said(repeated=repeated)
+    assert found[0].startswith("11% of the answers stand under several prompts") is spoken_of
+    assert "SparseRM ranks" in found[spoken_of]
+
+
+@pytest.mark.parametrize("difference", [TOUCHING, BELOW, CANNOT_TELL])
+def test_no_better_than_with_shuffled_labels_there_is_nothing_to_learn(difference):
+    found = said({"shuffled_labels": difference})
+    assert len(found) == 1
+    assert found[0].startswith("Nothing to learn here")
+
+
+def test_of_a_set_that_is_too_easy_it_is_not_said_that_there_is_nothing_to_learn():
+    found = said({"words": TOUCHING, "shuffled_labels": CANNOT_TELL}, words=row(1.0))
+    assert not any("Nothing to learn" in text for text in found)
+
+
+@pytest.mark.parametrize("name", report.QUESTIONS)
+@pytest.mark.parametrize("difference", [TOUCHING, CANNOT_TELL])
+def test_a_control_that_is_not_clearly_behind_does_as_well(name, difference):
+    _, level, _ = report.QUESTIONS[name]
+    changed = dict.fromkeys(report.QUESTIONS, CLEAR) | {name: difference}
+    sentence = report.what_helps(changed)[list(report.QUESTIONS).index(name)]
+    assert sentence.casefold().startswith(level.casefold())
+
+
+@pytest.mark.parametrize("name", report.QUESTIONS)
+def test_a_control_that_is_measurably_better_is_named(name):
+    _, _, worse = report.QUESTIONS[name]
+    changed = dict.fromkeys(report.QUESTIONS, CLEAR) | {name: BELOW}
+    sentence, = [text for text in report.what_helps(changed) if "measurably better" in text]
+    assert sentence.casefold().startswith(worse.casefold())
+    assert "-0.100" in sentence
+
+
+@pytest.mark.parametrize("behind, sentence", [
+    ([CLEAR, TOUCHING, CLEAR], "With K = 1, 16 directions a side the SAE's choice is clearly"),
+    ([BELOW, CANNOT_TELL], "At no K the SAE's choice is measurably better"),
 ])
-def test_a_row_that_is_odd_by_itself_is_spoken_of(name, found, words):
-    sentence, = said(FINE | {name: found})
-    assert words in sentence
+def test_the_verdict_says_at_which_k_the_saes_choice_is_better_than_random(behind, sentence):
+    assert said(curves={"k": k_curve(*behind)})[1].startswith(sentence)
 
 
-def test_what_the_sae_was_warned_of_is_repeated():
-    assert said(warnings=["odd"]) == ["SAE: odd"]
+@pytest.mark.parametrize("share, spoken_of", [(0.66, True), (0.65, False)])
+def test_what_the_answer_gives_away_without_its_question_is_said_last(share, spoken_of):
+    *_, last = said(blind=row(share))
+    assert last.startswith(f"The answer without its question gives {share:.2f}") is spoken_of
 
 
-def test_what_undoes_all_the_rest_is_said_first():
-    accuracy = FINE | {"shuffled_labels": {"low": 0.51}, "sparserm": {"low": 0.5, "n": 49}}
-    found = said(accuracy, ["odd"], length=TOUCHING)
-    first_words = [sentence.split()[0] for sentence in found]
-    assert first_words == ["with", "only", "the", "length", "SAE:"]
+@pytest.mark.parametrize("difference, text", [
+    (CLEAR, "+0.100 [+0.001, +0.200]"),
+    (BELOW, "-0.100 [-0.300, -0.010]"),
+    (CANNOT_TELL, "+0.100, too few prompts differ to tell"),
+])
+def test_a_difference_is_shown_with_its_interval_or_with_why_there_is_none(difference, text):
+    assert report.difference_text(difference) == text
 
 
 # ---------------------------------------------------------------- what is printed
@@ -158,16 +213,53 @@ def printed(capsys, show, *what):
 
 
 def test_the_table_shows_sparserm_then_the_controls_by_accuracy(capsys):
-    rows = {"words": row(0.5, ties=0.25) | {"behind": TOUCHING},
+    rows = {"words": row(0.5) | {"behind": CANNOT_TELL},
             "sparserm": row(0.55), "dense": row(0.7) | {"behind": BELOW}}
-    assert printed(capsys, report.print_accuracy, "accuracy", rows) == [
+    assert printed(capsys, report.print_accuracy, "5 folds", rows) == [
         "",
-        "accuracy on 60 test pairs of 40 prompts              SparseRM minus it",
-        "  sparserm           0.550  [0.450, 0.750]",
-        "  dense              0.700  [0.600, 0.900]   -0.100  [-0.300, -0.010]",
-        "  words              0.500  [0.400, 0.700]   +0.100  [+0.000, +0.200]"
-        "   ties 25.0%, as half 0.625",
+        "5 folds: 60 pairs of 40 prompts, 95 % intervals",
+        "                         accuracy                    SparseRM minus it",
+        "  sparserm              0.550  [0.450, 0.750]",
+        "  dense                 0.700  [0.600, 0.900]      -0.100 [-0.300, -0.010]",
+        "  words                 0.500  [0.400, 0.700]      +0.100, too few prompts differ to tell",
     ]
+
+
+def test_a_row_with_ties_says_how_many_there_are_and_what_they_are_as_half(capsys):
+    rows = {"sparserm": row(0.55), "words": row(0.5, ties=0.25), "length": row(0.3, ties=0.004)}
+    *_, words, length = printed(capsys, report.print_accuracy, "5 folds", rows)
+    assert words.startswith("  words                 0.500  [0.400, 0.700]")
+    assert words.endswith("   ties 25.0%, as half 0.625")
+    assert "ties" not in length
+
+
+def test_a_printed_accuracy_lies_within_its_printed_interval(capsys):
+    rng = np.random.default_rng(0)
+    differences = {"sparserm": rng.normal(size=60), "length": rng.choice([0.0, 0.0, 1.0], 60)}
+    rows = side_by_side(differences, np.arange(60))
+    lines = printed(capsys, report.print_accuracy, "5 folds", rows)[3:]
+    assert len(lines) == 2
+    for line in lines:
+        share, low, high = map(float, re.findall(r"\d\.\d{3}", line)[:3])
+        assert low <= share <= high, line
+
+
+def test_the_accuracy_of_a_category_lies_within_its_printed_interval(capsys):
+    ties = np.random.default_rng(0).choice([0.0, 0.0, 1.0], 60)
+    rows = side_by_side({"sparserm": ties}, np.arange(60))
+    line, = [line for line in report_of(capsys, categories={"harm": rows["sparserm"]})
+             if line.startswith("  harm")]
+    share, low, high = map(float, re.findall(r"\d\.\d{3}", line)[:3])
+    assert low <= share <= high
+
+
+def test_a_curve_lies_within_its_band():
+    rng = np.random.default_rng(0)
+    ties = rng.choice([0.0, 0.0, 1.0], 60)
+    rows = side_by_side({"sparserm": ties}, np.arange(60))
+    axes, [(_, ys)] = drawn(report.curve_plot, {"sparserm": {"1": rows["sparserm"]}}, "K")
+    band = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert band.min() <= ys[0] <= band.max()
 
 
 def k_curve(*behind):
@@ -183,14 +275,14 @@ def k_curve(*behind):
 
 def test_the_curve_of_k_is_printed_by_rising_k_with_a_tie_as_half(capsys):
     lines = printed(capsys, report.print_k_curve, k_curve(TOUCHING, CLEAR, CLEAR))
-    assert lines[1:4] == ["  K a side, ties half      1      2     16",
-                          "  sparserm             0.750  0.750  0.750",
-                          "  random_directions    0.250  0.250  0.250"]
+    assert lines[1:4] == ["  K a side                   1      2     16",
+                          "  sparserm               0.750  0.750  0.750",
+                          "  random_directions      0.250  0.250  0.250"]
 
 
 @pytest.mark.parametrize("behind, words", [
     ([TOUCHING, CLEAR, CLEAR], "clearly above random directions at K = 2, 16"),
-    ([TOUCHING, BELOW], "at no K clearly above random directions"),
+    ([TOUCHING, BELOW, CANNOT_TELL], "at no K clearly above random directions"),
 ])
 def test_the_curve_of_k_says_where_sparserm_is_clearly_above_random_directions(
         behind, words, capsys):
@@ -201,48 +293,85 @@ def test_the_curve_of_k_says_where_sparserm_is_clearly_above_random_directions(
 def evaluation(**changes):
     """As much of evaluation.json as is printed."""
     found = {
-        "accuracy": {"sparserm": row(0.6) | {"choice": 8}, "words": row(0.5)},
+        "verdict": ["One thing.", "Another."],
+        "test": row(0.65) | {"n": 9, "groups": 8},
+        "accuracy": {"sparserm": row(0.6), "words": row(0.5)},
         "differences": {"words": CLEAR},
+        "categories": {},
         "curves": {},
-        "other": {"new": row(0.7) | {"controls": {"words": row(0.4) | {"behind": BELOW}}}},
+        "other": {"new": {"sparserm": row(0.7), "words": row(0.4) | {"behind": BELOW}}},
         "calibration": {"temperature": 1.5, "nll": 0.6, "brier": 0.2, "ece": 0.05},
         "length": {"correlation": -0.25},
         "cost": {"trained_parameters": 1017, "share": 1.3e-07},
-        "stability": {"mean": 0.75, "chance": 0.5},
-        "warnings": ["SAE: odd"],
+        "run": {"folds": 5, "k": 8},
+        "sae": {"warnings": ["odd"]},
         "wrong": [{"id": "a b"}],
     }
     return found | changes
 
 
+def report_of(capsys, name=None, written=(), **changes):
+    """What is printed of an evaluation in runs/x, or with a name in runs/x/name."""
+    folder = report.Path("runs/x", name or "")
+    return printed(capsys, report.print_report, folder, evaluation(**changes), written, name)
+
+
+def test_the_report_begins_with_the_head_on_the_test_split_and_the_verdict(capsys):
+    assert report_of(capsys)[:5] == [
+        "",
+        "this head, test split, 9 pairs of 8 prompts: 0.650 right [0.550, 0.850]",
+        "",
+        "• One thing.",
+        "• Another.",
+    ]
+
+
 def test_the_report_prints_the_figures_beside_the_accuracy(capsys):
-    lines = printed(capsys, report.print_report, "runs/x", evaluation(), ["report.html", "a.png"])
+    lines = report_of(capsys, written=["report.html", "a.png"])
     for wanted in [
-        "calibration  T 1.50 · NLL 0.600 · Brier 0.200 · ECE 0.050",
+        "calibration  T 1.50 · NLL 0.600 · Brier 0.200 · ECE 0.050 (test split)",
         "length       correlation with the reward -0.25",
         "parameters   1,017 trained (K = 8 a side), 1.3e-07 of the backbone",
         "written      runs/x/evaluation.json, report.html, a.png",
         "note: SAE: odd",
     ]:
         assert wanted in lines
-    chosen_again, = [line for line in lines if line.startswith("selection")]
-    assert "75%" in chosen_again
-    assert "by chance 50%" in chosen_again
+
+
+def test_without_test_pairs_the_report_speaks_of_no_test_split(capsys):
+    found = evaluation(test=None)
+    del found["calibration"], found["length"], found["wrong"]
+    lines = printed(capsys, report.print_report, report.Path("runs/x"), found, [])
+    assert not any("test split" in line for line in lines)
+    assert any(line.endswith("--explain ID") for line in lines)
 
 
 def test_the_report_prints_a_table_for_the_run_and_one_for_every_other_set(capsys):
-    lines = printed(capsys, report.print_report, "runs/x", evaluation(), [])
-    titles = [line.split(" on 60 ")[0] for line in lines if " on 60 test pairs" in line]
-    assert titles == ["accuracy", "new: the same heads"]
-    assert [line.split()[0] for line in lines if line.startswith("  ")][:4] == [
-        "sparserm", "words", "sparserm", "words"]
-    assert any("+0.100  [+0.001, +0.200]" in line for line in lines)        # on the run
-    assert any("-0.100  [-0.300, -0.010]" in line for line in lines)        # on the other set
+    lines = report_of(capsys)
+    titles = [line.split(":")[0] for line in lines if ": 60 pairs of 40 prompts" in line]
+    assert titles == ["5 folds", "new, by heads of this set"]
+    rows = [line for line in lines if line.startswith(("  sparserm", "  words"))]
+    assert [line.split()[0] for line in rows] == ["sparserm", "words", "sparserm", "words"]
+    assert "+0.100 [+0.001, +0.200]" in rows[1]             # on the run
+    assert "-0.100 [-0.300, -0.010]" in rows[3]             # on the other set
+
+
+def test_the_report_prints_a_row_for_every_category(capsys):
+    lines = report_of(capsys, categories={"harm": row(0.6) | {"n": 7}, "facts": row(0.5)})
+    rows = [line for line in lines if line.startswith(("  harm", "  facts"))]
+    assert [" ".join(line.split()) for line in rows] == [
+        "harm 0.600 [0.500, 0.800] 7 pairs", "facts 0.500 [0.400, 0.700] 60 pairs"]
 
 
 @pytest.mark.parametrize("wrong, example", [([{"id": "a b"}], "--explain 'a b'"), ([], "ID")])
 def test_the_report_ends_with_a_command_that_explains_the_most_wrong_pair(wrong, example, capsys):
-    lines = printed(capsys, report.print_report, "runs/x", evaluation(wrong=wrong), [])
-    command, = [line for line in lines if "--explain" in line]
+    command, = [line for line in report_of(capsys, wrong=wrong) if "--explain" in line]
     assert "04_evaluate.py --run runs/x" in command
     assert command.endswith(example)
+
+
+def test_with_a_name_the_commands_name_it_and_the_files_lie_in_its_folder(capsys):
+    lines = report_of(capsys, name="paper")
+    assert any("04_evaluate.py --run runs/x --name paper --explain" in line for line in lines)
+    assert any("--reward runs/x/paper/reward_head.safetensors" in line for line in lines)
+    assert any("runs/x/paper/evaluation.json" in line for line in lines)

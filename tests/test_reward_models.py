@@ -22,22 +22,13 @@ TEXTS = [
     ("Is water blue?", "No"),
     ([{"role": "user", "content": "One"}], "two three four five six seven eight nine ten"),
 ]
-HEADS = ("sparserm", "searched", "dense", "dense_last", "mlp", "words")
+HEADS = ("sparserm", "paper", "dense", "mlp")
 
 
 def run_here(script, *flags):
     """common.run_script within this process."""
     tiny.succeed(script.removesuffix(".py"), *flags)
     return {"seconds": 1.0, "peak_gib": 1.0}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def short_training():
-    """Heads stop early: here it only matters which pairs they see."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(peers.SETTINGS, "epochs", 20)
-        patch.setattr(peers, "PATIENCE", 5)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -94,162 +85,104 @@ def test_some_rows_are_whole_questions_whatever_their_order():
 
 def test_a_prepared_set_has_the_splits_of_stage_1_and_no_more_pairs_than_asked(prepared):
     _, run, _ = prepared
-    pairs = common.pairs_by_split(run)
+    pairs = peers.pairs_of_run(run)
     assert [len(pairs[split]) for split in stage1.SPLITS] == [20, 8, 10]
     for split, rows in pairs.items():
         assert {stage1.split_of(row["prompt"]) for row in rows} == {split}
 
 
-# ---------------------------------------------------------------- token states and likelihoods
-
-@pytest.fixture(params=["llama", "gpt2"])
-def tokens(request, backbone_of):
-    """→ (backbone, texts, Tokens)."""
-    backbone = backbone_of(request.param)
-    texts = [stage1.render(backbone.tokenizer, *text) for text in TEXTS]
-    return backbone, texts, peers.Tokens(backbone, texts, 1)
-
-
-def states_of(tokens, n):
-    """The token states of text n."""
-    return tokens.z[tokens.first[n]:tokens.first[n + 1]]
-
-
-def test_one_pass_gives_the_token_states_of_each_text_alone(tokens):
-    backbone, texts, tokens = tokens
-    for n, text in enumerate(texts):
-        with torch.inference_mode():
-            own = backbone.model(torch.tensor([text.ids]), output_hidden_states=True)
-        z = own.hidden_states[2][0]
-        assert torch.allclose(states_of(tokens, n), z[text.first:text.last], atol=1e-4)
-
-
-def test_one_pass_gives_the_likelihoods_of_the_texts(tokens):
-    backbone, _, tokens = tokens
-    sums, counts = common.log_likelihoods(backbone, *zip(*TEXTS))
-    assert tokens.sums == pytest.approx(sums, rel=1e-4)
-    assert tokens.counts.tolist() == counts.tolist()
-
-
-def test_some_of_the_texts_keep_their_tokens_and_likelihoods(tokens):
-    _, _, tokens = tokens
-    part = tokens.some(np.array([3, 1]))
-    assert part.sums.tolist() == tokens.sums[[3, 1]].tolist()
-    assert torch.equal(part.z, torch.cat([states_of(tokens, 3), states_of(tokens, 1)]))
-    assert torch.equal(states_of(part, 1), states_of(tokens, 1))
-
-
-# ---------------------------------------------------------------- the SWIFT-style head
-
-def test_a_gated_reward_is_the_mean_of_token_rewards_weighted_by_their_gates():
-    weights = {"w": torch.tensor([[1.0, 2.0], [0.0, 1.0]]), "b": torch.tensor([0.0, -1.0])}
-    z = torch.tensor([[0.0, 3.0], [1.0, 0.0], [2.0, 2.0]])
-    owner = torch.tensor([0, 0, 1])
-    gate = [1 / (1 + np.exp(-g)) for g in (0.0, 1.0)]
-    wanted = [(gate[0] * 2 + gate[1] * 1) / sum(gate), 5.0]     # rewards 3 - 1, 2 - 1; 4 + 2 - 1
-    found = peers.gated_rewards(weights, z, owner, 2)
-    assert found.tolist() == pytest.approx(wanted)
-
-
-@pytest.fixture
-def telling_tokens():
-    """40 pairs whose first token tells chosen from rejected → (Tokens, split, lengths of texts)."""
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(1, 5, 80)
-    tokens = object.__new__(peers.Tokens)
-    tokens.z = torch.from_numpy(rng.normal(size=(lengths.sum(), 3))).float()
-    tokens.first = np.concatenate([[0], np.cumsum(lengths)])
-    tokens.z[tokens.first[:-1], 0] = torch.tensor([5.0, -5.0] * 40)
-    tokens.sums = tokens.counts = np.zeros(80)
-    return tokens, torch.tensor(([0] * 6 + [1] + [2]) * 5), torch.from_numpy(lengths)
-
-
-def test_swift_learns_which_token_tells(telling_tokens):
-    tokens, split, _ = telling_tokens
-    read, trained = peers.fit_swift(tokens, split)
-    assert trained == 8
-    assert (read(tokens)[split == 2] > 0).all()
-
-
-def test_nothing_of_the_test_texts_is_in_a_swift_head(telling_tokens):
-    tokens, split, lengths = telling_tokens
-    other = tokens.some(np.arange(80))
-    of_test = torch.repeat_interleave((split == 2).repeat_interleave(2), lengths)
-    other.z = torch.where(of_test[:, None], 9.0, tokens.z)
-    read, _ = peers.fit_swift(tokens, split)
-    read_other, _ = peers.fit_swift(other, split)
-    assert torch.equal(read_other(tokens), read(tokens))
+def test_only_train_pairs_are_where_heads_are_fitted(prepared):
+    _, run, _ = prepared
+    assert [len(rows) for rows in common.pairs_by_split(run).values()] == [20, 0, 0]
+    assert len(peers.activations(run, 1).pairs) == 20
 
 
 # ---------------------------------------------------------------- the frozen methods
 
 @pytest.fixture(scope="module")
 def frozen(prepared):
-    """The two frozen jobs of the prepared run → (results of heads, of tokens, rows by method)."""
+    """The frozen job of the prepared run → (its results, rows by method)."""
     heads = peers.run_heads(job(prepared, "heads"))
-    tokens = peers.run_tokens(job(prepared, "tokens"))
-    rows = bench.frozen_rows(heads, tokens, common.pairs_by_split(prepared[1]))
-    return heads, tokens, {name: row for name, (row,) in rows.items()}
+    rows = bench.frozen_rows(heads, peers.pairs_of_run(prepared[1]))
+    return heads, {name: row for name, (row,) in rows.items()}
 
 
 def test_the_frozen_methods_judge_the_same_pairs(frozen):
-    _, _, found = frozen
-    assert set(found) == {*HEADS, "swift", "likelihood"}
+    _, found = frozen
+    assert set(found) == set(HEADS)
     for name, row in found.items():
         sizes = len(row["dev"]), len(row["test"]["set"]), len(row["test"]["again"])
         assert sizes == (8, 10, 4), name
         assert row["test"]["again"] == pytest.approx(row["test"]["set"][:4], abs=1e-3), name
 
 
-def test_the_rewards_of_sparserm_are_those_of_the_run(prepared, frozen):
-    _, run, _ = prepared
-    reward = stage3.RewardModel.load(run / "reward_head.safetensors")
-    pairs = common.pairs_by_split(run)["test"]
+def scored(reward, pairs):
+    """r_chosen - r_rejected of pairs, from their text."""
     prompts = [pair["prompt"] for pair in pairs]
     chosen, rejected = [reward.score(prompts, [pair[side] for pair in pairs])
                         for side in ("chosen", "rejected")]
-    assert frozen[2]["sparserm"]["test"]["set"] == pytest.approx(np.subtract(chosen, rejected),
-                                                                 abs=1e-4)
+    return np.subtract(chosen, rejected)
 
 
-def test_a_run_whose_head_comes_out_otherwise_is_refused(prepared):
+@pytest.mark.parametrize("split", ["dev", "test"])
+def test_the_rewards_of_sparserm_are_those_of_the_run(split, prepared, frozen):
     _, run, _ = prepared
-    reward = stage3.RewardModel(*stage1.load_stage(run / "reward_head.safetensors"), None)
-    reward.tensors["w1"] = reward.tensors["w1"] + 1
-    with pytest.raises(UserError, match="trained again"):
-        peers.sparserm(reward, run, 1)
+    reward = stage3.RewardModel.load(run / "reward_head.safetensors")
+    row = frozen[1]["sparserm"]
+    found = row["dev"] if split == "dev" else row["test"]["set"]
+    assert found == pytest.approx(scored(reward, peers.pairs_of_run(run)[split]), abs=1e-4)
 
 
-def test_trained_parameters_are_counted(frozen):
-    trained = {name: row["trained"] for name, row in frozen[2].items()}
-    assert trained["dense"] == tiny.WIDTH + 1
-    assert trained["mlp"] == 512 * (tiny.WIDTH + 2) + 1
-    assert trained["swift"] == 2 * tiny.WIDTH + 2
-    assert trained["likelihood"] == 0
+def test_the_paper_s_head_is_an_mlp_with_the_margin_loss(prepared, frozen, tmp_path):
+    _, run, _ = prepared
+    shutil.copytree(run, tmp_path / "run")
+    tiny.succeed("03_train_head", "--run", tmp_path / "run", "--head", "mlp", "--loss", "margin")
+    reward = stage3.RewardModel.load(tmp_path / "run/reward_head.safetensors")
+    wanted = scored(reward, peers.pairs_of_run(run)["test"])
+    assert frozen[1]["paper"]["test"]["set"] == pytest.approx(wanted, abs=1e-3)
 
 
-def test_what_it_takes_to_read_train_and_dev_comes_to_the_fit(frozen):
-    heads, tokens, found = frozen
-    read = 2 * (20 + 8) / tokens["rate"]["to L"]
-    assert found["dense"]["seconds"] == pytest.approx(heads["dense"]["fit_seconds"] + read)
-    assert found["words"]["seconds"] == heads["words"]["fit_seconds"]
-    assert found["words"]["texts_a_second"] is None
-    assert found["likelihood"]["seconds"] == 0
+def test_trained_parameters_are_counted(prepared, frozen):
+    _, features = stage1.load_stage(prepared[1] / "features.safetensors")
+    trained = {name: row["trained"] for name, row in frozen[1].items()}
+    assert trained == {"sparserm": 2 * frozen[0]["sparserm"]["k"] + 1,
+                       "paper": 512 * (2 * features["k"] + 2) + 1,
+                       "dense": tiny.WIDTH + 1,
+                       "mlp": 512 * (tiny.WIDTH + 2) + 1}
+
+
+@pytest.mark.parametrize("fit", [peers.fit_dense, peers.fit_mlp])
+def test_a_head_on_z_learns_its_train_pairs(fit, prepared):
+    train = peers.activations(prepared[1], 1)
+    read, _ = fit(train)
+    assert (read(train.z) > 0).all()
+
+
+def test_what_it_takes_to_read_train_comes_to_the_fit(frozen):
+    heads, found = frozen
+    read = 2 * 20 / heads["rate"]
+    for name in HEADS:
+        assert found[name]["seconds"] == pytest.approx(heads[name]["fit_seconds"] + read)
+        assert found[name]["texts_a_second"] == heads["rate"]
 
 
 def test_only_sparserm_says_what_padded_batches_would_take(frozen):
-    _, _, found = frozen
+    _, found = frozen
     assert found["sparserm"]["seconds_padded"] > found["sparserm"]["fit_seconds"]
     assert [name for name, row in found.items() if "seconds_padded" in row] == ["sparserm"]
 
 
-def test_the_head_on_the_last_block_reads_its_output(prepared):
+def test_z_is_the_mean_over_the_response_at_block_l(prepared):
     _, run, args = prepared
     backbone = stage1.load_backbone(args.model)
-    texts = peers.rendered(backbone.tokenizer, common.pairs_by_split(run)["test"], 48)
-    wanted = stage1.residuals(backbone, texts, [2], "last")[0]
-    found = peers.activations(run, 2, peers.FULL).z
-    assert torch.allclose(torch.stack(found, 1).flatten(0, 1), wanted, atol=1e-4)
+    texts = peers.rendered(backbone.tokenizer, peers.pairs_of_run(run)["test"], 48)
+    means = []
+    for text in texts:
+        with torch.inference_mode():
+            own = backbone.model(torch.tensor([text.ids]), output_hidden_states=True)
+        means.append(own.hidden_states[2][0, text.first:text.last].mean(0))
+    found = peers.activations(run / peers.HELD, 1, stage1.TEST).z
+    assert torch.allclose(torch.stack(found, 1).flatten(0, 1), torch.stack(means), atol=1e-4)
 
 
 # ---------------------------------------------------------------- fine-tuned peers
@@ -288,7 +221,7 @@ def test_a_fine_tuned_peer_learns_its_train_pairs(method, prepared, monkeypatch)
 
     tokenizer = stage1.load_tokenizer(args.model)
     backbone = stage1.make_backbone(model, tokenizer, {"model": "tiny"})
-    train = peers.rendered(tokenizer, common.pairs_by_split(run)["train"], 48)
+    train = peers.rendered(tokenizer, peers.pairs_of_run(run)["train"], 48)
     chosen, rejected = peers.last_rewards(backbone, train).view(-1, 2).T
     assert float((chosen > rejected).float().mean()) > 0.8
     assert len(found["dev"]) == 8
@@ -308,10 +241,10 @@ def asked(monkeypatch):
         row = {"dev": [2.0, 1.0, 3.0] if good else [2.0, -1.0, 1.0],
                "test": {name: [1.0] * 9 + [-1.0] for name in (job["set"], *job["others"])},
                "trained": 5, "seconds": 1.0, "peak_gib": None, "texts_a_second": 2.0, "k": 4,
-               "way": "sum", "fit_seconds": 1.0, "place": "to L"}
-        names = {"heads": HEADS, "tokens": ("swift", "likelihood")}
-        results = {name: dict(row) for name in names.get(job["method"], (job["method"],))}
-        return results | ({"rate": {"to L": 2.0}} if job["method"] == "tokens" else {})
+               "l2": 0.1, "fit_seconds": 1.0}
+        names = HEADS if job["method"] == "heads" else (job["method"],)
+        results = {name: dict(row) for name in names}
+        return results | ({"rate": 2.0} if job["method"] == "heads" else {})
     monkeypatch.setattr(bench, "do", fake)
     return found
 
@@ -344,12 +277,12 @@ def test_the_rate_with_the_lowest_dev_nll_trains_on_all_and_every_seed(prepared,
     out = capsys.readouterr().out
     assert "| full fine-tuning (TRL) (2 seeds) | .900 [" in out
     assert "| set: 20 train, 10 test pairs, 0 of 76 texts cut |" in out
-    assert "+.000 [+.000, +.000]" in out                # all are right on the same pairs
+    assert "+.000 (cannot tell)" in out                 # all are right on the same pairs
 
 
 def test_jobs_of_other_settings_in_the_same_folder_are_refused(prepared, source, asked, tmp_path):
     shutil.copytree(prepared[1], tmp_path / "set-20")
-    flags = (source, "--out", tmp_path, "--train-pairs", 20, "--frozen", "--curve")
+    flags = (source, "--out", tmp_path, "--train-pairs", 20, "--frozen-only", "--curve")
     with tiny.argv(*flags):
         bench.main()
     with tiny.argv(*flags, "--epochs", 3), pytest.raises(UserError, match="other settings"):
@@ -393,9 +326,9 @@ def test_with_finished_nothing_is_run_and_missing_jobs_are_left_out(prepared):
 
 def test_a_job_is_a_process_of_its_own_and_a_done_one_is_not_run_again(prepared, monkeypatch):
     args = SimpleNamespace(finished=False, threads=1)
-    one = job(prepared, "tokens", others={})
+    one = job(prepared, "heads", others={})
     found = bench.do(one, args)
-    assert set(found) == {"swift", "likelihood", "rate"} and bench.job_path(one).exists()
+    assert set(found) == {*HEADS, "rate"} and bench.job_path(one).exists()
     monkeypatch.setattr(bench.subprocess, "run", lambda *_, **__: pytest.fail("run again"))
     assert bench.do(one, args) == found
 
@@ -414,3 +347,95 @@ def test_the_other_sets_count_together_in_the_first_seed():
     row = tables.on_other_sets(theirs, ours, groups)
     assert row["accuracy"] == pytest.approx(1 / 3) and row["n"] == 3
     assert row["behind"]["mean"] == pytest.approx(2 / 3) and row["names"] == ["b", "c"]
+    assert row["behind"]["low"] is None                 # of three questions nothing can be told
+
+
+def test_several_seeds_of_a_method_count_together():
+    groups = np.arange(40)
+    ours = np.ones((1, 40))
+    theirs = np.ones((2, 40))
+    theirs[1, :20] = -1                                 # the second seed gets half of them right
+    row = tables.summary(theirs, groups)
+    assert row["accuracy"] == 0.75 and row["seeds"] == [1.0, 0.5]
+    gap = tables.behind(ours, theirs, groups)
+    assert gap["mean"] == 0.25 and gap["low"] == 0.0    # a draw may hold the first seed alone
+    assert gap["high"] > 0.5
+
+
+# ---------------------------------------------------------------- rows of the results file
+
+def test_the_difference_of_two_accuracies_has_both_intervals_in_it():
+    ours = {"ties_half": 0.8, "half_low": 0.77, "half_high": 0.83}
+    theirs = {"ties_half": 0.7, "half_low": 0.66, "half_high": 0.74}
+    found = tables.not_paired(ours, theirs)
+    assert [found[key] for key in ("mean", "low", "high")] == pytest.approx([0.1, 0.05, 0.15])
+
+
+def test_the_limits_that_face_each_other_count_for_a_difference():
+    ours = {"ties_half": 0.8, "half_low": 0.5, "half_high": 0.8}
+    theirs = {"ties_half": 0.7, "half_low": 0.7, "half_high": 1.0}
+    found = tables.not_paired(ours, theirs)
+    assert found["high"] == pytest.approx(0.1)
+    assert found["low"] == pytest.approx(0.1 - 0.3 * 2 ** 0.5)
+
+
+def stored_row(accuracy):
+    """A row as the results file has it."""
+    return {"ties_half": accuracy, "half_low": accuracy - 0.03, "half_high": accuracy + 0.03,
+            "accuracy": accuracy, "behind": {"mean": 9.0}}
+
+
+@pytest.fixture
+def both():
+    """→ (figures of --frozen-only, a results file with the same pairs)."""
+    settings = {name: 1 for name in tables.DECIDE}
+    pairs = {"train": 20, "dev": 8, "test": 10}
+    now = {"settings": dict(settings), "rates": {},
+           "sets": {"set": {"20": {"pairs": pairs, "methods": {"sparserm": stored_row(0.8)}}}}}
+    methods = {name: stored_row(0.7) for name in ("full", "lora", "dense")}
+    stored = {"settings": {**settings, "torch": "2"}, "rates": {"set": {"full": 1e-5}},
+              "sets": {"set": {"20": {"pairs": dict(pairs), "methods": methods}}}}
+    return now, stored
+
+
+def test_fine_tuned_rows_are_taken_from_a_results_file_with_the_same_pairs(both):
+    now, stored = both
+    tables.add_fine_tuned(now, stored)
+    methods = now["sets"]["set"]["20"]["methods"]
+    assert set(methods) == {"sparserm", "full", "lora"}
+    assert methods["full"]["behind"]["mean"] == pytest.approx(0.1)
+    assert now["rates"] == stored["rates"]
+    assert now["settings"]["fine_tuned"] == stored["settings"]
+
+
+def test_the_settings_of_fine_tuned_rows_stay_those_of_their_own_run(both):
+    now, stored = both
+    own = dict(stored["settings"], torch="1")
+    stored["settings"]["fine_tuned"] = own
+    tables.add_fine_tuned(now, stored)
+    assert now["settings"]["fine_tuned"] == own
+
+
+def test_fine_tuned_rows_of_other_pairs_are_not_taken(both):
+    now, stored = both
+    stored["sets"]["set"]["20"]["pairs"]["test"] = 11
+    tables.add_fine_tuned(now, stored)
+    assert set(now["sets"]["set"]["20"]["methods"]) == {"sparserm"}
+
+
+def test_fine_tuned_rows_of_other_settings_are_not_taken_and_a_note_says_so(both, capsys):
+    now, stored = both
+    stored["settings"]["max_length"] = 2
+    tables.add_fine_tuned(now, stored)
+    assert set(now["sets"]["set"]["20"]["methods"]) == {"sparserm"}
+    assert "another max_length" in capsys.readouterr().err
+
+
+def test_with_frozen_only_no_fine_tuned_model_is_trained(prepared, source, asked):
+    with tiny.argv(source, "--out", prepared[0] / "only", "--train-pairs", 20, "--frozen-only",
+                   "--curve", "--finished"):
+        plan = bench.Plan(bench.parse_args())
+    plan.runs["set", 20] = prepared[1]
+    found, rates = bench.all_jobs(plan)
+    assert [job["method"] for job in asked] == ["heads"] and rates == {}
+    assert set(found["set", 20]) == set(HEADS)

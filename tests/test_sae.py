@@ -454,6 +454,28 @@ def test_decoding_per_token_scaled_latents_without_their_input_is_refused():
         sae.decode(sae.encode(torch.ones(1, 2)))
 
 
+@pytest.mark.parametrize("name, base", [
+    ("meta-llama/Llama-3.1-8B", True),
+    ("meta-llama/Llama-3.1-8B-Instruct", False),
+    ("google/gemma-2-2b", True),
+    ("google/gemma-2-2b-it", False),
+    ("google/gemma-2-2b-it-res", False),
+    ("Qwen/Qwen2.5-7B", True),
+    ("Qwen/Qwen3-8B", False),
+    ("Qwen/Qwen3-8B-Base", True),
+    ("HuggingFaceTB/SmolLM2-135M-Instruct", False),
+])
+def test_a_base_model_is_told_by_its_name(name, base):
+    assert S.is_base_model(name) is base
+
+
+def test_only_where_the_decoder_norms_change_something_are_they_said_to_be_folded():
+    for activation, settings, folded in (("relu", {}, False), ("topk", {"k": 1}, True)):
+        sae = plain_sae(activation, **settings)
+        S.gate_by_norm(sae, "here")
+        assert ("folded" in sae.info) is folded
+
+
 def test_health_equals_a_figure_worked_by_hand():
     # top-1 of (4, 1) and (0, 1) keeps (4, 0) and (0, 1): error 1
     # around the mean (2, 1) the total is 4 + 4
@@ -511,6 +533,8 @@ REFUSED = [
     Refused("temporal", "saelens", lens("temporal")),
     Refused("transcoder", "saelens", lens("transcoder")),
     Refused("tanh-relu", "saelens", lens(activation_fn_str="tanh-relu")),
+    Refused("gelu", "saelens", lens(activation_fn="gelu")),             # its other name
+    Refused("gelu", "saelens", lens(activation_fn_str="relu", activation_fn="gelu")),
     Refused("abstopk", "sparsify", {"k": K, "activation": "abstopk"}),
     Refused("prolu", "llama scope", moss("prolu")),
     Refused("batch-wise", "llama scope", moss(norm_activation="batch-wise")),

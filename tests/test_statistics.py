@@ -5,17 +5,20 @@ import statistics
 
 import numpy as np
 import pytest
-import torch
 
 from parts.statistics import (
     bootstrap,
-    bootstrap_weights,
     calibration,
     gap,
+    group_weights,
+    interval,
+    is_clear,
     length_figures,
     points,
+    says_little,
     side_by_side,
     summary,
+    wilson,
 )
 
 
@@ -27,22 +30,18 @@ def middle_95(means):
 
 # ---------------------------------------------------------------- the bootstrap
 
-@pytest.mark.parametrize("seeds", [1, 3])
-def test_the_bootstrap_is_a_plain_loop_that_draws_whole_groups_and_seeds(seeds):
+def test_the_bootstrap_is_a_plain_loop_that_draws_whole_groups():
     rng = np.random.default_rng(1)
     groups = rng.integers(12, size=40) * 1000 + 7
-    values = rng.random((seeds, 40))
+    values = rng.random(40)
     names = sorted(set(groups.tolist()))
 
     rng = np.random.default_rng(3)
     means = []
     for _ in range(200):
-        drawn_groups = rng.integers(len(names), size=len(names))
-        drawn_seeds = rng.integers(seeds, size=seeds)
         taken = []
-        for seed in drawn_seeds:
-            for group in drawn_groups:
-                taken.extend(values[seed][groups == names[group]])
+        for group in rng.integers(len(names), size=len(names)):
+            taken.extend(values[groups == names[group]])
         means.append(sum(taken) / len(taken))
 
     found = bootstrap(values, groups, draws=200, seed=3)
@@ -67,15 +66,15 @@ def test_intervals_of_an_accuracy_and_of_a_paired_difference_are_those_of_scipy(
     rng = np.random.default_rng(7)
     groups = np.repeat(np.arange(60), rng.integers(1, 5, size=60))
     of_group = rng.normal(0, 0.5, 60)[groups]
-    ours = rng.normal(0.6, 1, (1, len(groups))) + of_group
-    theirs = rng.normal(0.2, 1, (1, len(groups))) + of_group
+    ours = rng.normal(0.6, 1, len(groups)) + of_group
+    theirs = rng.normal(0.2, 1, len(groups)) + of_group
 
     if paired:
         found = gap(ours, theirs, groups)
-        values = (ours > 0).astype(float)[0] - (theirs > 0)[0]          # there are no ties
+        values = (ours > 0).astype(float) - (theirs > 0)                # there are no ties
     else:
         found = summary(ours, groups)
-        values = (ours > 0).astype(float)[0]
+        values = (ours > 0).astype(float)
     sums = np.array([values[groups == group].sum() for group in range(60)])
     counts = np.bincount(groups)
     wanted = scipy_stats.bootstrap((sums, counts), ratio_of_sums, paired=True, n_resamples=9999,
@@ -96,70 +95,138 @@ def test_ten_copies_of_a_row_in_one_group_tell_no_more_than_one():
     assert alone[2] - alone[1] > 2.5 * (each_by_itself[2] - each_by_itself[1])
 
 
-def test_bootstrap_weights_count_how_often_a_plain_loop_drew_the_group_of_a_row():
+def test_group_weights_count_how_often_a_plain_loop_drew_each_group():
     groups = np.array([70, 5, 70, 9, 5, 70, 33])
-    weights = bootstrap_weights(groups, 40, seed=3)
+    weights = group_weights(groups, 40, seed=3)
     rng = np.random.default_rng(3)
     for row in weights.tolist():
         drawn = [(5, 9, 33, 70)[i] for i in rng.integers(4, size=4)]
-        assert row == [drawn.count(group) for group in groups]
-    assert weights.shape == (40, 7)
-    assert weights.dtype == torch.float32
+        assert row == [drawn.count(group) for group in (5, 9, 33, 70)]
+    assert weights.shape == (40, 4)
     assert len({tuple(row) for row in weights.tolist()}) > 10
+
+
+# ---------------------------------------------------------------- where a bootstrap says too little
+
+@pytest.mark.parametrize("right, count", [(0, 1), (1, 1), (12, 12), (119, 120), (7, 15), (0, 9)])
+def test_wilsons_interval_is_that_of_scipy(right, count):
+    scipy_stats = pytest.importorskip("scipy.stats")
+    wanted = scipy_stats.binomtest(right, count).proportion_ci(0.95, method="wilson")
+    assert wilson(right / count, count) == pytest.approx((wanted.low, wanted.high), abs=1e-6)
+
+
+def test_wilsons_interval_of_all_right_is_the_one_worked_by_hand():
+    # n / (n + z²) to 1, with z² = 3.8415 and n = 12
+    assert wilson(1.0, 12) == pytest.approx((12 / 15.8415, 1), abs=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 7, 12, 120, 1000])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_wilsons_interval_holds_the_share_and_has_a_width(share, count):
+    low, high = wilson(share, count)
+    assert 0 <= low <= share <= high <= 1
+    assert high - low > 0.003
+
+
+@pytest.mark.parametrize("groups, differ, little", [
+    (19, 9, True),                      # too few groups
+    (20, 9, False),
+    (200, 4, True),                     # too few that are not like the rest
+    (200, 5, False),
+    (200, 0, True),
+])
+def test_a_bootstrap_needs_20_groups_and_5_that_are_not_like_the_rest(groups, differ, little):
+    values = np.ones(groups)
+    values[:differ] = 0
+    assert says_little(values, np.arange(groups)) is little
+
+
+def test_ten_pairs_of_one_prompt_that_differ_are_one_group_that_differs():
+    values = np.ones(300)
+    values[:40] = 0
+    assert says_little(values, np.arange(300) // 10)                # 4 of 30 groups
+    assert not says_little(values, np.arange(300))
+
+
+@pytest.mark.parametrize("n, wrong", [(12, 0), (120, 1), (120, 0), (120, 120), (1, 0), (2, 1)])
+def test_no_interval_of_an_accuracy_has_width_0(n, wrong):
+    differences = np.ones(n)
+    differences[:wrong] = -1
+    found = summary(differences, np.arange(n))
+    assert found["method"] == "Wilson"
+    assert (found["low"], found["high"]) == wilson(1 - wrong / n, n)
+    assert found["high"] - found["low"] > 0.02
+
+
+def test_wilsons_interval_counts_prompts_and_not_pairs():
+    found = interval(np.ones(60), np.arange(60) // 5)
+    assert found == {"mean": 1, "low": wilson(1.0, 12)[0], "high": 1, "method": "Wilson"}
+
+
+def test_an_interval_of_enough_groups_is_the_bootstraps():
+    values = np.repeat([1.0, 0.0], [30, 10])
+    mean, low, high = bootstrap(values, np.arange(40))
+    assert interval(values, np.arange(40)) == {"mean": mean, "low": low, "high": high,
+                                               "method": "bootstrap"}
 
 
 # ---------------------------------------------------------------- accuracy
 
 def test_a_tie_is_wrong_in_the_accuracy_and_a_half_under_the_half_point_rule():
-    differences = np.array([[1.0, 0.0, -1.0, 2.0], [0.0, 0.0, 1.0, 1.0]])
-    found = summary(differences, np.array([5, 5, 6, 7]))
-    # right: 2 and 2 of 4, ties: 1 and 2 of 4
-    assert found["accuracy"] == 0.5
-    assert found["seeds"] == [0.5, 0.5]
-    assert found["ties"] == 3 / 8
-    assert found["ties_half"] == 0.5 + 3 / 16
+    found = summary(np.array([1.0, 0.0, -1.0, 2.0, 0.0]), np.array([5, 5, 6, 7, 8]))
+    assert found["accuracy"] == 2 / 5
+    assert found["ties"] == 2 / 5
+    assert found["ties_half"] == 3 / 5
 
 
 def test_a_summary_counts_pairs_and_prompts():
-    found = summary(np.ones((2, 5)), np.array([5, 5, 6, 7, 7]))
+    found = summary(np.ones(5), np.array([5, 5, 6, 7, 7]))
     assert (found["n"], found["groups"]) == (5, 3)
 
 
-def test_a_summary_holds_the_bootstraps_of_both_ways_to_count_a_tie():
-    differences = np.array([[1.0, 0.0, -1.0, 2.0, 1.0], [0.0, 0.0, 1.0, 1.0, -1.0]])
-    groups = np.array([5, 5, 6, 7, 7])
+def test_the_interval_of_a_summary_is_that_of_its_accuracy():
+    differences = np.random.default_rng(0).choice([-1.0, 0.0, 1.0], 90)
+    groups = np.arange(90) // 2
     found = summary(differences, groups)
-    strict = [[1.0, 0, 0, 1, 1], [0.0, 0, 1, 1, 0]]
-    half = [[1.0, 0.5, 0, 1, 1], [0.5, 0.5, 1, 1, 0]]
+    strict = (differences > 0).astype(float)
     assert (found["accuracy"], found["low"], found["high"]) == bootstrap(strict, groups)
-    assert (found["ties_half"], found["half_low"], found["half_high"]) == bootstrap(half, groups)
+    assert found["method"] == "bootstrap"
 
 
 def test_a_control_that_says_nothing_is_a_coin_under_the_half_point_rule():
-    found = summary(np.zeros((1, 4)), np.arange(4))
-    assert (found["accuracy"], found["high"], found["ties"]) == (0, 0, 1)
-    assert (found["ties_half"], found["half_low"], found["half_high"]) == (0.5, 0.5, 0.5)
+    found = summary(np.zeros(4), np.arange(4))
+    assert (found["accuracy"], found["ties"], found["ties_half"]) == (0, 1, 0.5)
 
 
 def test_a_gap_is_taken_pair_by_pair_and_a_tie_is_a_half():
-    ours = np.array([[2.0, 1.0, -1.0, 0.0]])
-    theirs = np.array([[0.0, 1.0, 0.0, -1.0]])
-    found = gap(ours, theirs, np.arange(4))
+    ours = np.tile([2.0, 1.0, -1.0, 0.0], 10)
+    theirs = np.tile([0.0, 1.0, 0.0, -1.0], 10)
+    found = gap(ours, theirs, np.arange(40))
     assert found["mean"] == (0.5 + 0 - 0.5 + 0.5) / 4
-    assert found["low"] < found["mean"] < found["high"]
+    assert (found["mean"], found["low"], found["high"]) == bootstrap(
+        np.tile([0.5, 0, -0.5, 0.5], 10), np.arange(40))
+
+
+@pytest.mark.parametrize("groups, differ", [(19, 9), (100, 4), (100, 0)])
+def test_a_gap_has_no_interval_where_few_prompts_differ(groups, differ):
+    ours = np.ones(groups)
+    theirs = np.ones(groups)
+    theirs[:differ] = -1
+    found = gap(ours, theirs, np.arange(groups))
+    assert found == {"mean": differ / groups, "low": None, "high": None}
 
 
 def three_rows():
     """SparseRM, a control right on the same pairs, one right on the others → side_by_side."""
-    ours = np.random.default_rng(5).normal(0.4, 1, (1, 60))
+    ours = np.random.default_rng(5).normal(0.4, 1, 60)
     found = {"sparserm": ours, "same": 3 * ours, "mirrored": -ours}
     return side_by_side(found, np.repeat(np.arange(30), 2))
 
 
-def test_a_control_that_is_right_on_the_same_pairs_is_behind_by_0_without_any_doubt():
+def test_a_control_that_is_right_on_the_same_pairs_is_behind_by_0_and_none_can_tell():
     rows = three_rows()
     assert 0 < rows["same"]["low"] < rows["same"]["high"] < 1
-    assert rows["same"]["behind"] == {"mean": 0, "low": 0, "high": 0}
+    assert rows["same"]["behind"] == {"mean": 0, "low": None, "high": None}
 
 
 def test_a_control_right_on_the_other_pairs_is_behind_by_twice_the_accuracy_less_1():
@@ -172,13 +239,21 @@ def test_a_control_right_on_the_other_pairs_is_behind_by_twice_the_accuracy_less
 
 def test_rows_side_by_side_are_summaries_and_sparserm_is_not_behind_itself():
     rows = three_rows()
-    ours = np.random.default_rng(5).normal(0.4, 1, (1, 60))
+    ours = np.random.default_rng(5).normal(0.4, 1, 60)
     assert list(rows) == ["sparserm", "same", "mirrored"]
     assert rows["sparserm"] == summary(ours, np.repeat(np.arange(30), 2))
 
 
+@pytest.mark.parametrize("low, high, wanted", [
+    (0.01, 0.3, 1), (-0.3, -0.01, -1), (-0.1, 0.1, 0), (0.0, 0.2, 0), (-0.2, 0.0, 0),
+    (None, None, 0),
+])
+def test_a_difference_is_clear_where_its_interval_does_not_touch_0(low, high, wanted):
+    assert is_clear({"mean": 0.1, "low": low, "high": high}) == wanted
+
+
 def test_points_are_1_where_right_0_where_wrong_and_a_half_for_a_tie():
-    assert points(np.array([[0.1, -3.0, 0.0]])).tolist() == [[1.0, 0.0, 0.5]]
+    assert points(np.array([0.1, -3.0, 0.0])).tolist() == [1.0, 0.0, 0.5]
 
 
 # ---------------------------------------------------------------- calibration

@@ -38,11 +38,17 @@ def settings(folder, steps, k=4, **changes):
     """The arguments of tools.train_sae."""
     usual = {
         "model": "tiny", "layer": 1, "texts": "t.jsonl", "out": str(folder / "own.safetensors"),
-        "width": 48, "k": k, "end_share": 0.33, "cuts": 2, "turns": 2, "start": None,
+        "width": 48, "k": k, "end_share": 0.33, "mean_share": 0.33, "cuts": 2, "turns": 2,
+        "start": None,
         "tokens": steps * 64, "batch": 64, "lr": 3e-3, "buffer": 512, "seed": 0,
         "dead_after": 2000, "max_length": 96,
     }
     return SimpleNamespace(**usual | changes)
+
+
+def three_pools(z):
+    """The same vectors as tokens, ends and means."""
+    return T.Activations(z, z, z)
 
 
 def train(backbone, texts, args):
@@ -59,7 +65,7 @@ TEXTS = {"chats": chats(40), "plain": sayings(80), "both": chats(20) + sayings(4
 @pytest.mark.parametrize("kind", TEXTS)
 def test_training_explains_more_than_the_start(tmp_path, backbone, kind):
     texts = TEXTS[kind]
-    z, _ = T.sample_activations(backbone, texts[-8:], 1)
+    z = T.sample_activations(backbone, texts[-8:], 1).tokens
     start, _ = train(backbone, texts, settings(tmp_path, 1))
     end, _ = train(backbone, texts, settings(tmp_path, 250))
     before, after = (S.health(sae, z)["explained_variance"] for sae in (start, end))
@@ -79,7 +85,7 @@ def test_a_trained_sae_has_decoder_rows_of_norm_1(trained):
 
 
 def test_no_more_than_k_latents_of_a_trained_sae_fire(trained, backbone):
-    z, _ = T.sample_activations(backbone, TEXTS["both"], 1)
+    z = T.sample_activations(backbone, TEXTS["both"], 1).tokens
     fired = (trained.sae.encode(z) > 0).sum(1)
     assert 1 < fired.max() <= 4
 
@@ -102,7 +108,7 @@ def test_the_file_of_a_training_holds_its_sae_in_half_precision(trained):
 def test_an_sae_in_raw_units_does_what_its_parameters_did_in_scaled_ones(tmp_path):
     args = settings(tmp_path, 1)
     z = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)) * 5 + 3
-    state = T.start_state((z, z), args, torch.Generator().manual_seed(0))
+    state = T.start_state(three_pools(z), args, torch.Generator().manual_seed(0))
     with torch.no_grad():
         state.b_enc.add_(0.5)
         assert state.scale < 0.8 and state.b_dec.norm() > 1     # else the units would hardly differ
@@ -124,11 +130,11 @@ def test_a_latent_is_idle_for_the_activations_since_it_fired_last(tmp_path):
     args = settings(tmp_path, 3)
     generator = torch.Generator().manual_seed(0)
     batches = torch.randn(3, 4, 32, generator=generator)
-    state = T.start_state((batches[0], batches[0]), args, generator)
+    state = T.start_state(three_pools(batches[0]), args, generator)
     idle = [0] * args.width
     for z in batches:
         fired = that_fire(T.finish(state, args, 1), z)
-        T.train_step(state, (z, z[:0]), args)
+        T.train_step(state, T.Activations(z, z[:0], z[:0]), args)
         idle = [0 if fires else past + 4 for fires, past in zip(fired, idle, strict=True)]
     assert set(idle) == {0, 4, 8, 12}
     assert state.idle.tolist() == idle
@@ -139,10 +145,10 @@ def test_only_latents_that_are_dead_learn_without_firing(tmp_path, dead_after, l
     args = settings(tmp_path, 1, dead_after=dead_after)
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(4, 32, generator=generator)
-    state = T.start_state((z, z), args, generator)
+    state = T.start_state(three_pools(z), args, generator)
     before = state.W_dec.detach().clone()
     silent = ~that_fire(T.finish(state, args, 1), z)
-    T.train_step(state, (z, z[:0]), args)
+    T.train_step(state, T.Activations(z, z[:0], z[:0]), args)
     moved = (state.W_dec - before).norm(dim=1) > 1e-4
     assert bool(moved[silent].any()) == learns
 
@@ -185,7 +191,7 @@ def test_what_a_checkpoint_holds_is_taken_up_adams_moments_included(killed):
     args = settings(killed.folder, STEPS)
     before = load_file(T.checkpoint_path(args))
     other = torch.randn(9, 32)
-    state = T.start_state((other, other), args, torch.Generator())
+    state = T.start_state(three_pools(other), args, torch.Generator())
     assert T.resume(state, args)
     assert state.step == min(killed.step, STEPS - 1)        # the last step is done again
 
@@ -207,7 +213,7 @@ def first(tmp_path, backbone):
 
 
 def test_training_starts_from_another_sae(tmp_path, backbone, first):
-    z = torch.cat(T.sample_activations(backbone, chats(20), 1))
+    z = torch.cat([*T.sample_activations(backbone, chats(20), 1)])
     one_step_that_moves_nothing = settings(tmp_path, 1, start=first.path, lr=1e-6)
     again, _ = train(backbone, chats(40), one_step_that_moves_nothing)
     torch.testing.assert_close(again.reconstruct(z), first.sae.reconstruct(z), rtol=1e-3, atol=1e-3)
@@ -256,7 +262,7 @@ def taken(backbone):
             vectors[tuple(ids[:place + 1])] = vector
 
     texts = ["", *sayings(2), *talks, talks[0]]
-    every, scored = zip(*T.activations(backbone, texts, 1, 96), strict=True)
+    every, scored, _ = zip(*T.activations(backbone, texts, 1, 96), strict=True)
     return SimpleNamespace(
         every=torch.cat(every),
         scored=torch.cat(scored),
@@ -289,15 +295,110 @@ def test_the_scored_tokens_are_the_last_ones_of_the_conversations(taken):
     assert nearest(taken.ends, taken.scored).max() < 1e-4
 
 
-def test_a_cut_conversation_ends_as_the_template_ends_it(backbone):
+@pytest.fixture
+def cut(backbone):
+    """A conversation and beginnings of its answer → its text, its answer and the sequences."""
     (talk,) = chats(1)
-    tokenizer = backbone.tokenizer
-    sequences, scored = T.sequences_of(backbone, [talk], 96, cuts=6, rng=np.random.default_rng(0))
-    whole = tokenizer.apply_chat_template(talk, tokenize=False)
-    answer = talk[1]["content"]
+    rng = np.random.default_rng(0)
+    return SimpleNamespace(
+        whole=backbone.tokenizer.apply_chat_template(talk, tokenize=False),
+        answer=talk[1]["content"],
+        sequences=T.sequences_of(backbone, [talk], 96, cuts=6, rng=rng),
+    )
 
-    texts = [tokenizer.decode(ids) for ids in sequences]
-    assert texts[0] == whole and all(scored) and len(texts) > 3
+
+def test_a_cut_conversation_ends_as_the_template_ends_it(cut, backbone):
+    texts = [backbone.tokenizer.decode(sequence.ids) for sequence in cut.sequences]
+    assert texts[0] == cut.whole and len(texts) > 3
     for text in texts:
-        kept = text.removesuffix(ENDS)[whole.index(answer):]
-        assert text.endswith(ENDS) and kept and answer.startswith(kept)
+        kept = text.removesuffix(ENDS)[cut.whole.index(cut.answer):]
+        assert text.endswith(ENDS) and kept and cut.answer.startswith(kept)
+
+
+def test_the_answer_of_a_sequence_is_all_that_stands_before_the_template_s_end(cut, backbone):
+    decode = backbone.tokenizer.decode
+    for sequence in cut.sequences:
+        first, last = sequence.answer
+        assert decode(sequence.ids[:first]) == cut.whole[:cut.whole.index(cut.answer)]
+        assert decode(sequence.ids[last:]) == ENDS
+
+
+def test_a_plain_text_is_a_sequence_without_an_answer(backbone):
+    sequences = T.sequences_of(backbone, sayings(2), 96)
+    assert [sequence.answer for sequence in sequences] == [None, None]
+
+
+def test_a_running_mean_is_that_of_the_tokens_of_an_answer_up_to_a_cut(backbone):
+    texts = [*chats(3), *sayings(2)]
+    rng = np.random.default_rng
+    wanted = []
+    for sequence in T.sequences_of(backbone, texts, 96, cuts=3, rng=rng(0)):
+        if sequence.answer:
+            run = backbone.model(torch.tensor([sequence.ids]), output_hidden_states=True)
+            of_answer = [run.hidden_states[2][0, place] for place in range(*sequence.answer)]
+            wanted.append(sum(of_answer) / len(of_answer))
+    wanted = torch.stack(wanted)
+
+    means = [found.means for found in T.activations(backbone, texts, 1, 96, 3, rng(0))]
+    found = torch.cat(means)
+    assert len(found) == len(wanted) > 6
+    assert nearest(found, wanted).max() < 1e-4
+    assert nearest(wanted, found).max() < 1e-4
+
+
+# ---------------------------------------------------------------- the three pools
+
+@pytest.mark.parametrize("kind, shares", [("both", (24, 16, 24)), ("plain", (64, 0, 0))])
+def test_a_batch_has_the_shares_of_ends_and_means_that_were_asked_for(
+        kind, shares, tmp_path, backbone):
+    args = settings(tmp_path, 1, end_share=0.25, mean_share=0.375)
+    stream = T.stream_batches(backbone, TEXTS[kind], 1, args, torch.Generator())
+    for _ in range(3):
+        assert tuple(map(len, next(stream))) == shares
+
+
+def test_ends_and_means_are_drawn_from_the_newest():
+    newest = T.Newest(4, torch.Generator().manual_seed(0))
+    for start in (0, 3, 6):
+        newest.add(torch.arange(start, start + 3)[:, None])
+    assert {int(vector) for vector in newest.draw(200)} == {5, 6, 7, 8}
+
+
+def test_where_there_are_none_yet_none_are_drawn():
+    newest = T.Newest(4, torch.Generator())
+    newest.add(torch.zeros(0, 3))
+    assert newest.draw(5).shape == (0, 3)
+
+
+def test_the_error_of_each_pool_counts_over_its_own_variance(tmp_path):
+    """A pool that is ten times as large and spreads ten times as far weighs no more."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(16, 32, generator=generator)
+    start = T.start_state(T.Activations(z, 10 * z, 3 * z), settings(tmp_path, 1), generator)
+    tokens, ends, means = start.variance
+    assert ends / tokens == pytest.approx(100, rel=1e-4)
+    assert means / tokens == pytest.approx(9, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind, pools", [("chats", ["tokens", "ends", "means"]),
+                                         ("plain", ["tokens"])])
+def test_the_fit_of_each_pool_that_there_is_is_measured(kind, pools, tmp_path, backbone):
+    held = T.sample_activations(backbone, TEXTS[kind][:8], 1)
+    state = T.start_state(held, settings(tmp_path, 1), torch.Generator().manual_seed(0))
+    sae = T.finish(state, settings(tmp_path, 1), 1)
+    found = T.health_of_pools(sae, held)
+    assert list(found) == pools
+    for name in pools:
+        assert found[name] == S.health(sae, getattr(held, name))
+
+
+def test_a_trained_sae_says_how_it_fits_the_conversations_held_out(tmp_path, backbone):
+    sae, _ = train(backbone, chats(30), settings(tmp_path, 1))
+    found = sae.info["held_out"]
+    assert list(found) == ["tokens", "ends", "means"]
+    assert found["ends"]["n"] == found["means"]["n"] == 2           # of 30, 2 are held out
+
+
+def test_fewer_than_three_texts_are_refused(tmp_path, backbone):
+    with pytest.raises(S.SAEError, match="2 texts are too few"):
+        train(backbone, chats(2), settings(tmp_path, 1))

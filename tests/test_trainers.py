@@ -246,8 +246,9 @@ def ask(finished, tmp_path, monkeypatch):
     readme = (tiny.ROOT / "README.md").read_text(encoding="utf-8")
     [code] = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
               if "FastAPI" in block]
+    [run] = re.findall(r'"(runs/[^/"]*)/reward_head.safetensors"', code)
     (tmp_path / "runs").mkdir()
-    (tmp_path / "runs/demo").symlink_to(finished)
+    (tmp_path / run).symlink_to(finished)
     monkeypatch.chdir(tmp_path)
     serve = {"__name__": "serve"}
     exec(compile(code, "serve.py", "exec"), serve)

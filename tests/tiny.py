@@ -171,5 +171,5 @@ def make_run(folder, *stage1_args, pairs=60):
     succeed("01_extract", "--model", model, "--pairs", rows, "--layer", 1, "--run", run,
             *stage1_args)
     succeed("02_select_features", "--run", run, "--sae", sae, "--k", 8)
-    succeed("03_train_head", "--run", run, "--seeds", 2, "--epochs", 60)
+    succeed("03_train_head", "--run", run)
     return run

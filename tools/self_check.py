@@ -16,40 +16,46 @@ import torch
 from parts.chat import control_tokens
 from parts.files import UserError, file_hash, load_stage, run_main
 
-stage1, stage3 = (importlib.import_module(name) for name in ("01_extract", "03_train_head"))
+stage2 = importlib.import_module("02_select_features")
+stage3 = importlib.import_module("03_train_head")
 TEXTS = 16          # train pairs that are looked at, about
 
 
-def self_check(run):
+def self_check(run, name=None):
     """→ list of (what, does it hold, figure)."""
     run = Path(run)
-    features, meta = load_stage(run / "features.safetensors", "02_select_features.py")
-    reward = stage3.RewardModel.load(run / "reward_head.safetensors")
-    stale = stale_file(run, meta, reward)
+    features_path = stage2.features_path(run, name)
+    head_path = stage2.folder_of(run, name) / "reward_head.safetensors"
+    features, meta = load_stage(features_path, "02_select_features.py")
+    reward = stage3.RewardModel.load(head_path)
+    stale = stale_file(run, features_path, meta, reward)
     if stale:  # the rest would compare what does not belong together
         return [("files belong together", False, stale)]
 
     with open(run / "pairs.jsonl", encoding="utf-8") as file:
         pairs = [json.loads(line) for line in file]
-    train_rows = (features["split"] == stage1.TRAIN).nonzero().flatten()
+    train_rows = (features["fold"] >= 0).nonzero().flatten()
     rows = train_rows[::max(1, len(train_rows) // TEXTS)].tolist()
-    texts = [(pairs[row]["prompt"], pairs[row][side]) for row in rows for side in ("chosen",
-                                                                                   "rejected")]
+    texts = []                                  # chosen, rejected, chosen …
+    for row in rows:
+        texts += [(pairs[row]["prompt"], pairs[row][side]) for side in ("chosen", "rejected")]
     return [
         *check_rendering(reward, texts),
-        *check_scores(reward, texts, stored_rewards(reward, features, rows, run), run),
+        *check_scores(reward, texts, stored_rewards(reward, features, rows, run), head_path),
         check_preference(reward, texts),
         ("files belong together", True, "features, pairs"),
     ]
 
 
-def stale_file(run, meta, reward):
+def stale_file(run, features_path, meta, reward):
     """Which file has changed since a later stage read it → str, or None."""
-    recorded = {"pairs.jsonl": (meta["parent"]["pairs"], "02_select_features.py"),
-                "features.safetensors": (reward.meta["parent"]["features"], "03_train_head.py")}
-    for name, (wanted, stage) in recorded.items():
-        if file_hash(run / name) != wanted:
-            return f"{name} has changed since {stage} read it: run the stages again, in order"
+    recorded = {
+        run / "pairs.jsonl": (meta["parent"]["pairs"], "02_select_features.py"),
+        features_path: (reward.meta["parent"]["features"], "03_train_head.py"),
+    }
+    for path, (wanted, stage) in recorded.items():
+        if file_hash(path) != wanted:
+            return f"{path.name} has changed since {stage} read it: run the stages again, in order"
     return None
 
 
@@ -61,13 +67,14 @@ def check_rendering(reward, texts):
     doubled = sum(bos is not None and text.ids[:2] == [bos, bos] for text in rendered)
     _, control_ids = control_tokens(tokenizer)
     closed = sum(text.ids[text.eot] in control_ids for text in rendered)
-    return [("no second BOS", doubled == 0, f"{doubled} of {len(rendered)} texts"),
-            ("an end-of-turn token closes the answer", closed == len(rendered), f"{closed} of "
-                                                                                f"{len(rendered)} "
-                                                                                "texts")]
+    count = len(rendered)
+    return [
+        ("no second BOS", doubled == 0, f"{doubled} of {count} texts"),
+        ("an end-of-turn token closes the answer", closed == count, f"{closed} of {count} texts"),
+    ]
 
 
-def check_scores(reward, texts, stored, run):
+def check_scores(reward, texts, stored, head_path):
     """The same text has the same score, however it is read."""
     backbone = reward.backbone
     together = score(reward, texts)
@@ -75,7 +82,7 @@ def check_scores(reward, texts, stored, run):
     backbone.pack = "pad"
     padded = score(reward, texts)
     backbone.pack = packing
-    again = stage3.RewardModel.load(run / "reward_head.safetensors", model=backbone)
+    again = stage3.RewardModel.load(head_path, model=backbone)
     others = {
         "one by one as together": torch.cat([score(reward, [text]) for text in texts]),
         "backwards as forwards": score(reward, texts[::-1]).flip(0),
@@ -132,9 +139,11 @@ def main():
     """The checks from the command line."""
     p = argparse.ArgumentParser(prog="python -m tools.self_check", description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--run", default="runs/demo", help="folder of the run (default runs/demo)")
+    p.add_argument("--run", required=True, help="folder of the run")
+    p.add_argument("--name", help="check the head in RUN/NAME/")
     p.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    found = self_check(p.parse_args().run)
+    args = p.parse_args()
+    found = self_check(args.run, args.name)
     for what, holds, figure in found:
         print(f"{'✓' if holds else '✗'} {what:<42} {figure}")
     if not all(holds for _, holds, _ in found):

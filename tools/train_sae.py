@@ -6,11 +6,15 @@
 The shipped SAE was made by it (assets/README.md). Not part of the method: SparseRM takes the SAE as
 it finds it.
 
-TopK (Gao et al. 2024): loss = error / variance, of all tokens and of scored ones, each around its
-own mean and weighted by --end-share; AuxK: latents that have not fired lately learn to explain what
-is left; decoder rows have norm 1; Adam with warm-up and linear decay. Scored positions are the ends
-of conversations, which a reward is read from; an answer cut at any word and closed with the
-template's own end gives a new one for the price of two tokens.
+TopK with AuxK (Gao et al. 2024): latents that have not fired lately learn to explain what is left.
+Decoder rows have norm 1; Adam with warm-up and linear decay. A batch is mixed from three pools, and
+the error of each counts over its own variance:
+
+    ordinary tokens
+    ends            the last token of a conversation (--end-share), what rule `last` reads; an
+                    answer cut at any word and closed with the template's own end gives a new one
+                    for the price of two tokens
+    running means   of an answer's tokens up to any of them (--mean-share), what rule `mean` reads
 """
 
 import argparse
@@ -32,6 +36,7 @@ from sae import SAE, TENSORS, SAEError, describe, health, load_sae
 
 stage1 = importlib.import_module("01_extract")
 PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")
+AUX_WEIGHT = 1 / 32     # of AuxK in the loss
 
 
 # ---------------------------------------------------------------- texts
@@ -68,98 +73,147 @@ def texts_of_row(row):
     return [conversation for conversation in conversations if is_conversation(conversation)]
 
 
+@dataclass
+class Sequence:
+    """Tokens to read; of a conversation also where its answer stands."""
+    ids: list
+    answer: tuple = None    # first token of the answer, one past its last; None: plain text
+
+
 def sequences_of(backbone, texts, max_length, cuts=0, rng=None):
-    """Texts → (token sequences, for each whether its last token is a scored one).
+    """Texts → list of Sequence.
 
     cuts: each conversation also ends so many times at a random place of its answer, closed with the
-    template's own end. In the tree that is a branch of two tokens, and every one is a new scored
-    position.
+    template's own end. In the tree that is a branch of two tokens.
     """
     sequences = []
-    scored = []
     for text in texts:
         if isinstance(text, str):
             ids = backbone.tokenizer(text)["input_ids"]
             parts = [ids[start:start + max_length] for start in range(0, len(ids), max_length)]
-            new = [part for part in parts if len(part) > 1]
+            sequences += [Sequence(part) for part in parts if len(part) > 1]
         else:
-            new = endings_of(backbone, text, max_length, cuts, rng)
-        sequences += new
-        scored += [not isinstance(text, str)] * len(new)
-    return sequences, scored
+            sequences += endings_of(backbone, text, max_length, cuts, rng)
+    return sequences
 
 
 def endings_of(backbone, conversation, max_length, cuts, rng):
-    """A conversation, and `cuts` beginnings of it closed with the end of the turn → token
-    sequences."""
+    """A conversation, and `cuts` beginnings of it closed with the end of the turn → Sequences."""
     text = render(backbone.tokenizer, conversation[:-1], conversation[-1]["content"])
     ends = [text.last]
     if cuts:
         longest = max(text.first + 1, min(text.last, max_length))
         ends += rng.integers(text.first + 1, longest + 1, cuts).tolist()
     closing = text.ids[text.last:]
-    return [text.ids[:end] + closing for end in dict.fromkeys(ends) if end <= max_length]
+    sequences = []
+    for end in dict.fromkeys(ends):
+        if end <= max_length:
+            sequences.append(Sequence(text.ids[:end] + closing, answer=(text.first, end)))
+    return sequences
 
 
 # ---------------------------------------------------------------- activations
 
+@dataclass
+class Activations:
+    """Residual vectors of some texts, by pool."""
+    tokens: torch.Tensor            # [n, d], without position 0
+    ends: torch.Tensor              # [e, d], last tokens of conversations
+    means: torch.Tensor             # [e, d], of the same conversations: over their answer's tokens
+
+    def __iter__(self):
+        return iter((self.tokens, self.ends, self.means))
+
+
 def activations(backbone, texts, layer, max_length, cuts=0, rng=None, repeats=False):
-    """Yield (all [n, d], scored [m, d]) a forward pass, without position 0.
+    """Yield Activations, a forward pass each.
 
     A token that texts share (a system prompt) comes once a pass, or with `repeats` as often as it
-    stands in the texts. The first token is an attention sink: its vector is huge, the same in every
-    text, and says nothing.
+    stands in the texts. Position 0 is left out: the first token is an attention sink, its vector is
+    huge, the same in every text, and says nothing.
     """
-    sequences, scored = sequences_of(backbone, texts, max_length, cuts, rng)
-    for members, (hidden,) in backbone.hidden_rows(sequences, [layer]):
+    sequences = sequences_of(backbone, texts, max_length, cuts, rng)
+    for members, (hidden,) in backbone.hidden_rows([s.ids for s in sequences], [layer]):
         hidden = hidden.float().cpu()
-        every = np.concatenate([places[1:] for _, places in members])
+        tokens = np.concatenate([places[1:] for _, places in members])
         if not repeats:
-            every = np.unique(every)
-        ends = np.array([places[-1] for index, places in members if scored[index]], dtype=int)
-        yield hidden[torch.from_numpy(every)], hidden[torch.from_numpy(ends)]
+            tokens = np.unique(tokens)
+        ends = []
+        means = []
+        for index, places in members:
+            if sequences[index].answer:
+                first, last = sequences[index].answer
+                ends.append(hidden[places[-1]])
+                means.append(hidden[torch.from_numpy(places[first:last])].mean(0))
+        nothing = hidden[:0]
+        ends = torch.stack(ends) if ends else nothing
+        means = torch.stack(means) if means else nothing
+        yield Activations(hidden[torch.from_numpy(tokens)], ends, means)
 
 
 def sample_activations(backbone, texts, layer, max_length=512):
-    """→ (all tokens [n, d], scored tokens [m, d]) of some texts as they are, for sae.health()."""
-    every = []
-    ends = []
-    for all_tokens, scored in activations(backbone, texts, layer, max_length, repeats=True):
-        every.append(all_tokens)
-        ends.append(scored)
-    return torch.cat(every), torch.cat(ends)
+    """→ Activations of some texts as they are, for sae.health()."""
+    passes = list(activations(backbone, texts, layer, max_length, repeats=True))
+    if not passes:
+        raise SAEError("no text gives a token to read · --texts · longer texts, or a larger "
+                       "--max-length")
+    tokens, ends, means = zip(*passes)
+    return Activations(torch.cat(tokens), torch.cat(ends), torch.cat(means))
 
 
 def stream_batches(backbone, texts, layer, args, generator):
-    """Yield (all [b, d], scored [e, d]) for ever, mixed by a shuffle buffer.
+    """Yield Activations of --batch vectors for ever.
 
-    Scored ones are drawn from the newest `--buffer`.
+    Tokens are mixed by a shuffle buffer, ends and means drawn from the newest `--buffer` of each.
     """
     rng = np.random.default_rng(args.seed)
     conversations = [text for text in texts if not isinstance(text, str)]
-    ordinary = args.batch - int(args.batch * args.end_share)  # a batch; the rest are scored ones
-    pool = Pool(args, generator)
-    ends = torch.empty(0)
+    pool = Pool(args.buffer, args.batch, generator)
+    ends = Newest(args.buffer, generator)
+    means = Newest(args.buffer, generator)
+    end_count = int(args.batch * args.end_share) if conversations else 0
+    mean_count = int(args.batch * args.mean_share) if conversations else 0
     while True:
         for start in range(0, len(texts), 64):
-            some = [longer_conversation(text, conversations, args.turns, rng)
-                    for text in texts[start:start + 64]]
-            passes = activations(backbone, some, layer, args.max_length, args.cuts, rng)
-            for every, scored in passes:
-                pool.add(every)
-                ends = torch.cat([ends.view(-1, scored.shape[1]), scored])[-args.buffer:]
-            for batch in pool.batches(ordinary):
-                wanted = args.batch - ordinary if len(ends) else 0
-                drawn = torch.randint(max(1, len(ends)), (wanted,), generator=generator)
-                yield batch, ends[drawn]
+            some = []
+            for text in texts[start:start + 64]:
+                some.append(longer_conversation(text, conversations, args.turns, rng))
+            for found in activations(backbone, some, layer, args.max_length, args.cuts, rng):
+                pool.add(found.tokens)
+                ends.add(found.ends)
+                means.add(found.means)
+            for tokens in pool.batches(args.batch - end_count - mean_count):
+                yield Activations(tokens, ends.draw(end_count), means.draw(mean_count))
         pool.settle_for_less()
+
+
+class Newest:
+    """The newest `size` vectors, to draw from with replacement."""
+
+    def __init__(self, size, generator):
+        self.size = size
+        self.generator = generator
+        self.vectors = None
+
+    def add(self, vectors):
+        """Put [n, d] in; the oldest fall out."""
+        both = vectors if self.vectors is None else torch.cat([self.vectors, vectors])
+        self.vectors = both[-self.size:]
+
+    def draw(self, count):
+        """→ [count, d], or nothing while nothing is there."""
+        if not len(self.vectors):
+            count = 0
+        drawn = torch.randint(max(1, len(self.vectors)), (count,), generator=self.generator)
+        return self.vectors[drawn]
 
 
 class Pool:
     """A shuffle buffer of activations."""
 
-    def __init__(self, args, generator):
-        self.args = args
+    def __init__(self, buffer, batch, generator):
+        self.buffer = buffer        # vectors that fill it
+        self.batch = batch          # it is never made smaller than this
         self.generator = generator
         self.parts = []
         self.size = 0
@@ -171,11 +225,11 @@ class Pool:
 
     def batches(self, size):
         """Yield [size, d] while the buffer is more than half full, once it has been full."""
-        if self.size < self.args.buffer:
+        if self.size < self.buffer:
             return
         order = torch.randperm(self.size, generator=self.generator)
         mixed = torch.cat(self.parts)[order]
-        while len(mixed) > max(self.args.buffer // 2, size):
+        while len(mixed) > max(self.buffer // 2, size):
             yield mixed[:size]
             mixed = mixed[size:]
         self.parts = [mixed]
@@ -183,8 +237,8 @@ class Pool:
 
     def settle_for_less(self):
         """All texts were read and the buffer is not full: a smaller one will do."""
-        if self.size < self.args.buffer:
-            self.args.buffer = max(self.args.batch, self.size)
+        if self.size < self.buffer:
+            self.buffer = max(self.batch, self.size)
 
 
 def longer_conversation(text, conversations, turns, rng):
@@ -211,7 +265,7 @@ class State:
     W_dec: torch.Tensor             # [m, d], rows of norm 1
     b_dec: torch.Tensor             # [d]
     scale: torch.Tensor             # input scale
-    variance: list                  # of all tokens and of scored ones, scaled
+    variance: list                  # of tokens, ends and means, scaled
     idle: torch.Tensor              # [m], activations since a latent fired last
     adam: torch.optim.Optimizer = None
     step: int = 0
@@ -223,6 +277,9 @@ class State:
 
 def train(backbone, texts, layer, args, progress=print):
     """Train on streamed activations through a shuffle buffer → SAE, written to args.out."""
+    if len(texts) < 3:
+        raise SAEError(f"{len(texts)} texts are too few · {args.texts} · "
+                       "at least 3 are needed: 2 are held out to measure on")
     generator = torch.Generator().manual_seed(args.seed)
     order = torch.randperm(len(texts), generator=generator).tolist()
     held_count = max(2, min(400, len(order) // 20))
@@ -244,14 +301,14 @@ def train(backbone, texts, layer, args, progress=print):
         state.step = step
         if step % max(1, steps // 20) == 0 or step >= steps:
             sae = finish(state, args, layer)
-            sae.info["held_out"] = {"all": health(sae, held[0]),
-                                    "scored": health(sae, held[1]) if len(held[1]) > 1 else {}}
+            sae.info["held_out"] = health_of_pools(sae, held)
             progress(progress_line(step, steps, sae.info["held_out"]))
             save_checkpoint(state, args)
         if step >= steps:
             break
 
-    settings = ("k", "end_share", "cuts", "turns", "lr", "batch", "buffer", "seed", "max_length")
+    settings = ("k", "end_share", "mean_share", "cuts", "turns", "lr", "batch", "buffer", "seed",
+                "max_length")
     sae.info.update(
         model=backbone.meta["model"],
         template=backbone.meta["template"],
@@ -279,29 +336,41 @@ def set_learning_rate(state, step, steps, peak):
 
 def progress_line(step, steps, held_out):
     """One line on how training goes."""
-    every = held_out["all"]
-    scored = held_out["scored"].get("explained_variance", float("nan"))
-    return (f"step {step}/{steps}  all tokens: explained {every['explained_variance']:.3f}  "
-            f"L0 {every['l0']:.1f}  silent {every['silent']:.1%}  scored token: explained "
-            f"{scored:.3f}")
+    tokens = held_out["tokens"]
+    explained = []
+    for name, figures in held_out.items():
+        explained.append(f"{name} {figures['explained_variance']:.3f}")
+    return (f"step {step}/{steps}  explained: {'  '.join(explained)}  "
+            f"L0 {tokens['l0']:.1f}  silent {tokens['silent']:.1%}")
+
+
+def health_of_pools(sae, held):
+    """Health of each pool of which there are vectors → {tokens, ends, means}."""
+    pools = {"tokens": held.tokens, "ends": held.ends, "means": held.means}
+    return {name: health(sae, vectors) for name, vectors in pools.items() if len(vectors) > 1}
 
 
 def start_state(first, args, generator):
     """The state before the first step, from random directions or from --start."""
-    every, ends = first
-    scale = math.sqrt(every.shape[1]) / every.norm(dim=1).mean()
+    tokens = first.tokens
+    width = tokens.shape[1]
+    scale = math.sqrt(width) / tokens.norm(dim=1).mean()
     if args.start:
-        parameters = parameters_of(args, every.shape[1], scale)
+        parameters = parameters_of(args, width, scale)
     else:
-        directions = torch.randn(args.width, every.shape[1], generator=generator)
+        directions = torch.randn(args.width, width, generator=generator)
         W_dec = F.normalize(directions, dim=1)
-        parameters = {"W_enc": W_dec.T.clone(), "b_enc": torch.zeros(args.width), "W_dec": W_dec,
-                      "b_dec": (every * scale).mean(0)}
+        parameters = {
+            "W_enc": W_dec.T.clone(),
+            "b_enc": torch.zeros(args.width),
+            "W_dec": W_dec,
+            "b_dec": (tokens * scale).mean(0),
+        }
     for parameter in parameters.values():
         parameter.requires_grad_()
 
     variance = []
-    for pool in (every, ends):
+    for pool in first:
         variance.append(float((pool * scale).var(0).sum()) if len(pool) > 1 else 1.0)
     state = State(**parameters, scale=scale, variance=variance, idle=torch.zeros(args.width))
     state.adam = torch.optim.Adam(state.parameters(), lr=args.lr, betas=(0.9, 0.999), fused=True)
@@ -315,35 +384,35 @@ def parameters_of(args, width, scale):
     wanted = ("topk", args.k, "none", width, args.width)
     other_layer = sae.info.get("layer") not in (None, args.layer)
     if found != wanted or other_layer or not torch.equal(sae.b_in, sae.b_dec):
-        raise SAEError(f"training cannot go on from this SAE {found}, layer "
-                       f"{sae.info.get('layer')} · "
-                       f"--start {args.start} · needed are {wanted}, layer {args.layer} and b_dec "
-                       "subtracted")
+        layer = sae.info.get("layer")
+        raise SAEError(f"training cannot go on from this SAE {found}, layer {layer} · "
+                       f"--start {args.start} · "
+                       f"needed are {wanted}, layer {args.layer} and b_dec subtracted")
     norm = sae.W_dec.norm(dim=1)
     return {"W_enc": sae.W_enc * norm, "b_enc": sae.b_enc * norm * scale,
             "W_dec": sae.W_dec / norm[:, None], "b_dec": sae.b_dec * scale}
 
 
 def train_step(state, batch, args):
-    """One step of Adam on the two pools. batch: (all tokens [b, d], scored tokens [e, d])."""
-    every, ends = batch
-    x = torch.cat([every, ends]) * state.scale
+    """One step of Adam on a batch of three pools."""
+    x = torch.cat(list(batch)) * state.scale
     pre = torch.relu((x - state.b_dec) @ state.W_enc + state.b_enc)
     best = pre.topk(args.k, sorted=False)
     f = torch.zeros_like(pre).scatter(-1, best.indices, best.values)
     error = x - (f @ state.W_dec + state.b_dec)
 
-    squared = error.square().sum(1)
-    share = args.end_share if len(ends) else 0.0
-    loss = (1 - share) * squared[:len(every)].mean() / state.variance[0]
-    if share:
-        loss = loss + share * squared[len(every):].mean() / state.variance[1]
+    squared = error.square().sum(1).split([len(pool) for pool in batch])
+    loss = 0.0
+    for pool_error, variance in zip(squared, state.variance):
+        share = len(pool_error) / len(x)
+        if share:
+            loss = loss + share * pool_error.mean() / variance
     with torch.no_grad():
         state.idle += len(x)
         state.idle[best.indices[best.values > 0]] = 0
     dead = (state.idle > args.dead_after).nonzero().flatten()
     if len(dead):
-        loss = loss + auxiliary_loss(state, pre[:, dead], dead, error.detach()) / 32
+        loss = loss + AUX_WEIGHT * auxiliary_loss(state, pre[:, dead], dead, error.detach())
 
     state.adam.zero_grad()
     loss.backward()
@@ -368,8 +437,15 @@ def finish(state, args, layer):
     """
     W_enc, b_enc, W_dec, b_dec = [parameter.detach().clone() for parameter in state.parameters()]
     b_dec = b_dec / state.scale
-    return SAE(W_enc, b_enc / state.scale, W_dec, b_dec, b_dec, "topk", k=args.k,
-               info={"layer": layer, "hook": f"model.layers.{layer}.output"})
+    return SAE(
+        W_enc=W_enc,
+        b_enc=b_enc / state.scale,
+        W_dec=W_dec,
+        b_dec=b_dec,
+        b_in=b_dec,
+        activation="topk",
+        k=args.k,
+        info={"layer": layer, "hook": f"model.layers.{layer}.output"})
 
 
 def save_sae(sae, path, dtype=torch.float32):
@@ -393,8 +469,8 @@ def checkpoint_path(args):
 
 def training_key(args):
     """The settings a checkpoint must share with the command that goes on from it."""
-    names = ("model", "layer", "texts", "start", "width", "k", "end_share", "cuts", "turns",
-             "tokens", "batch", "lr", "seed", "max_length", "dead_after")
+    names = ("model", "layer", "texts", "start", "width", "k", "end_share", "mean_share", "cuts",
+             "turns", "tokens", "batch", "lr", "seed", "max_length", "dead_after")
     return {name: getattr(args, name) for name in names}
 
 
@@ -432,9 +508,8 @@ def resume(state, args):
         return False
     settings, tensors = read_checkpoint(path)
     if settings != training_key(args):
-        raise SAEError(f"a checkpoint of other settings lies there · {path} · delete it, or pass "
-                       "the "
-                       "settings it was made with")
+        raise SAEError(f"a checkpoint of other settings lies there · {path} · "
+                       "delete it, or pass the settings it was made with")
     with torch.no_grad():
         for name in PARAMETERS:
             getattr(state, name).copy_(tensors[name])
@@ -448,7 +523,8 @@ def resume(state, args):
     state.scale = tensors["scale"]
     state.variance = tensors["variance"].tolist()
     state.idle = tensors["idle"]
-    state.step = min(int(tensors["step_done"]), steps_of(args) - 1)  # killed after the last: again
+    last_but_one = steps_of(args) - 1                   # killed after the last step: do it again
+    state.step = min(int(tensors["step_done"]), last_but_one)
     return True
 
 
@@ -488,7 +564,9 @@ def parse_args():
     p.add_argument("--k", type=int, default=64,
                    help="latents that may fire")
     p.add_argument("--end-share", type=float, default=0.33,
-                   help="share of scored positions in a batch")
+                   help="share of ends of conversations in a batch")
+    p.add_argument("--mean-share", type=float, default=0.33,
+                   help="share of running means of answers in a batch")
     p.add_argument("--cuts", type=int, default=4,
                    help="extra scored positions a conversation, its answer cut anywhere")
     p.add_argument("--turns", type=int, default=3,
@@ -514,9 +592,8 @@ def main():
     backbone = stage1.load_backbone(args.model)
     blocks = len(backbone.blocks)
     if args.layer is None or not 0 <= args.layer < blocks:
-        raise SAEError(f"layer {args.layer} does not exist · {args.model} has blocks 0 to "
-                       f"{blocks - 1} · "
-                       "pass --layer")
+        raise SAEError(f"layer {args.layer} does not exist · "
+                       f"{args.model} has blocks 0 to {blocks - 1} · pass --layer")
     texts = read_texts(args.texts)[:args.limit]
     sae = train(backbone, texts, args.layer, args, progress=print_at_once)
     print(f"\nwritten {args.out}")

@@ -69,15 +69,15 @@ HEAD = "--reward {run}/reward_head.safetensors"
 COMMANDS = {
     "01": Command(
         "01_extract", "--model {at}/model --pairs {at}/pairs.jsonl --layer 1 --run {run}",
-        earlier="--limit 30", next="02"),
+        earlier="--limit 30", now="--overwrite", next="02"),
     "02": Command(
         "02_select_features", "--run {run} --sae {at}/sae.safetensors",
         earlier="--k 3", now="--k 4", next="03"),
     "03": Command(
-        "03_train_head", "--run {run} --epochs 4",
-        earlier="--seeds 1", now="--seeds 2", next="04"),
+        "03_train_head", "--run {run}",
+        earlier="--k 2", now="--k best", next="04"),
     "04": Command(
-        "04_evaluate", "--run {run} --texts 0 --seeds 1",
+        "04_evaluate", "--run {run} --texts 0",
         earlier="--sweeps small", now="--sweeps none"),
     "05 sample": Command(
         "05_best_of_n", f"sample {HEAD} --prompts {{at}}/prompts.jsonl --n 3 --max-new-tokens 8",
@@ -556,7 +556,8 @@ class Damaged:
 OF_STAGE_FILES = [cut] + [header_bit] * FLIPS
 FILES = {
     "pairs.jsonl": Damaged([edited, cut], ["01"], ["02", "04"]),
-    "activations/layer1-00001-of-00008.safetensors": Damaged(OF_STAGE_FILES, ["01"], ["02", "04"]),
+    "activations/layer1-mean-00001-of-00008.safetensors": Damaged(
+        OF_STAGE_FILES, ["01"], ["02", "04"]),
     "features.safetensors": Damaged(OF_STAGE_FILES, ["02"], ["03", "04"]),
     "reward_head.safetensors": Damaged(OF_STAGE_FILES, ["03"], ["04", "05 sample", "05 pairs"]),
     "evaluation.json": Damaged([cut, a_list], ["04"]),

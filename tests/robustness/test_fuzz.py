@@ -314,7 +314,7 @@ def test_most_damaged_data_files_are_refused_or_lose_rows(data_cases):
 
 # ---------------------------------------------------------------- damaged files of a run
 
-SHARD = "activations/layer1-00000-of-00001.safetensors"
+SHARD = "activations/layer1-mean-00000-of-00001.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -328,8 +328,8 @@ def done(finished, tmp_path_factory):
 
     extract = ["01_extract", "--model", model, "--pairs", pairs, "--layer", 1, "--run", run]
     select = ["02_select_features", "--run", run, "--sae", sae, "--k", 8]
-    train = ["03_train_head", "--run", run, "--seeds", 2, "--epochs", 60]
-    evaluate = ["04_evaluate", "--run", run, "--texts", 0, "--seeds", 1, "--sweeps", "none"]
+    train = ["03_train_head", "--run", run]
+    evaluate = ["04_evaluate", "--run", run, "--texts", 0, "--sweeps", "none"]
     sample = ["05_best_of_n", "sample", "--reward", head, "--prompts", prompts,
               "--n", 2, "--max-new-tokens", 3]
     rank = ["05_best_of_n", "rank", "--reward", head, "--candidates", run / "candidates.jsonl",
