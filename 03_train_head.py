@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 
 from parts.chat import render
+from parts.devices import one_thread
 from parts.files import (
     UserError,
     check_finite,
@@ -723,7 +724,8 @@ def main():
         if out.exists():
             print(f"note: {out} is replaced")
         started = time.perf_counter()
-        train(args, t, record, out)
+        with one_thread():
+            train(args, t, record, out)
         seconds = time.perf_counter() - started
     report(args, out, seconds, *load_stage(out))
 

@@ -18,7 +18,8 @@ search:
     random_directions       Gaussian directions instead of decoder rows
     picked_directions       of 16,384 Gaussian ones those that separate best: the same freedom to
                             choose, without an SAE
-    picked_latents          of 16,384 decoder rows those that separate best, by the same statistic
+    picked_latents          of at most 16,384 decoder rows those that separate best, by the same
+                            statistic
     difference_of_means     one direction, mean z of chosen minus mean z of rejected
     principal_directions    of the differences z_chosen - z_rejected
     random_latents          decoder rows of latents drawn among those that fire
@@ -55,6 +56,7 @@ from tqdm import tqdm
 
 from parts import latents, report
 from parts.chat import render
+from parts.devices import one_thread
 from parts.files import UserError, file_hash, load_stage, run_main, write_text
 from parts.statistics import (
     bootstrap,
@@ -226,15 +228,18 @@ class Fitted:
     mean: torch.Tensor
     std: torch.Tensor
 
+    def rewards(self, sides):
+        """[chosen, rejected] → what the head says of each, [n] each."""
+        return [self.head(((x - self.mean) / self.std)[:, self.columns]) for x in sides]
+
     def differences(self, sides):
         """[chosen, rejected] → r_chosen - r_rejected [n]."""
-        chosen, rejected = [self.head(((x - self.mean) / self.std)[:, self.columns]) for x in sides]
+        chosen, rejected = self.rewards(sides)
         return chosen - rejected
 
     def losses(self, sides, pair_loss):
         """[chosen, rejected] → the loss of each pair [n]."""
-        chosen, rejected = [self.head(((x - self.mean) / self.std)[:, self.columns]) for x in sides]
-        return pair_loss(chosen, rejected)
+        return pair_loss(*self.rewards(sides))
 
 
 def fit_path(view, sides, rows, ks, penalties, settings):
@@ -268,9 +273,10 @@ def out_of_fold(pairs, select, ks, settings, rule="auto", curve=False, others=No
         rows = pairs.used((a, b))
         for option, fitted in fit_path(view, sides, rows, ks, penalties, settings):
             values = fitted.losses(sides, pair_loss)
-            for test, held in ((a, b), (b, a)):
+            for test, judge in ((a, b), (b, a)):    # unseen by this head, b helps to choose for a
                 table = losses[test].setdefault(option, torch.zeros(len(pairs.fold)))
-                table[pairs.fold == held] = values[pairs.fold == held]
+                on = pairs.fold == judge
+                table[on] = values[on]
 
     outcome = Outcome(np.zeros(len(pairs.fold)))
     for test in range(pairs.folds):
@@ -820,7 +826,7 @@ def evaluate(data, args):
     outcomes = {}
     methods = {"sparserm": sparserm, **CONTROLS}
     for name, method in tqdm(methods.items(), desc="folds", unit="method", disable=None):
-        with watch(name):
+        with watch(name), one_thread():
             outcomes[name] = method(data, others)
     result = compare(data, outcomes)
     if backbone:

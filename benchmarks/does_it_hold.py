@@ -189,17 +189,15 @@ def claims_about_k(mean):
     some = {name: ks for name, ks in by_set.items() if any(int(k) <= 16 for k in ks)}
     parts = [f"{name} (K = {', '.join(ks)})" for name, ks in some.items()]
     yield ("**With few directions the SAE's choice matters.** At some K up to 16 it is clearly "
-           "above random "
-           f"directions on {len(some)} of {len(mean)} sets: {listed(parts)}.")
+           f"above random directions on {len(some)} of {len(mean)} sets. All K where it is: "
+           f"{listed(parts)}.")
     at_most = [name for name, row in mean.items() if clear_ks(row, "picked_directions")]
     behind = [name for name, row in mean.items()
               if any(is_clear(cell["behind"]) < 0
                      for cell in row["curves"]["k"].get("picked_directions", {}).values())]
     yield ("**Random directions that may choose are a strong control.** Picked by the labels out "
-           "of "
-           f"16,384, at fixed K they are clearly behind SparseRM somewhere on {listed(at_most)}, "
-           "and "
-           f"clearly ahead somewhere on {listed(behind)}. What the SAE adds for sure is a name.")
+           f"of 16,384, they are clearly behind SparseRM at some K on {listed(at_most)}, and "
+           f"clearly ahead at some K on {listed(behind)}. What the SAE adds for sure is a name.")
 
 
 SPOKEN = {"dense": "A dense head on all of z", "paper": "The paper's own head",

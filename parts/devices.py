@@ -37,6 +37,17 @@ def with_fewer_tokens(compute, backbone):
         print(f"note: out of memory, going on with {backbone.budget} tokens a forward pass")
 
 
+@contextlib.contextmanager
+def one_thread():
+    """Many small products: two threads gain little on idle cores, and lose tenfold on busy ones."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 # ---------------------------------------------------------------- several processes (torchrun)
 
 @contextlib.contextmanager

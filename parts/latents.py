@@ -251,6 +251,10 @@ def explain_pair(data, model, words, names, top=10):
     for name, response, reward in zip(names, (a, b), rewards):
         print(f"{name:<8} {reward:+.3f}   {' '.join(response.split())[:200]}")
 
+    for name, is_outside in zip(names, model.outside(hidden).tolist()):
+        if is_outside:
+            print(f"note: {name} lies outside of what training saw: its reward is a guess")
+
     margin = rewards[0] - rewards[1]
     probability = float(torch.sigmoid(torch.tensor(margin / model.temperature)))
     adds_up = "each direction ablated by itself: these do not add up"

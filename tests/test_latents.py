@@ -389,6 +389,22 @@ def fifth_pair(data):
     return [data.pairs[4][name] for name in ("prompt", "chosen", "rejected")]
 
 
+def test_explain_says_which_answer_lies_outside_of_what_training_saw(opened, capsys):
+    data, model = opened
+    prompt, a, b = fifth_pair(data)
+    largest = [float(model.scores_of(model.hidden([prompt], [text])).abs().max()) for text in (a,
+                                                                                               b)]
+
+    model.range, before = sum(largest) / 2, model.range         # one of the two is above
+    text, _ = explained(capsys, data, model, prompt, a, b)
+    model.range = before
+
+    far = "A" if largest[0] > largest[1] else "B"
+    near = "B" if far == "A" else "A"
+    assert f"note: {far} lies outside" in text
+    assert f"note: {near} lies outside" not in text
+
+
 @pytest.mark.parametrize("by_id", [True, False])
 def test_explain_prints_both_responses_with_their_rewards(by_id, opened, capsys):
     data, model = opened
