@@ -163,8 +163,8 @@ def fit_linear(chosen, rejected, loss="bt", l2=0.1, margin=1.0, start=None):
 
 
 def at_least_float32(scores):
-    """NumPy or torch, any float type → torch, float32 or float64: halves would lose digits
-    below."""
+    """Scores, NumPy or torch, any float type → torch, float32 or float64."""
+    # the pairs' differences of half-precision scores would lose digits
     scores = torch.as_tensor(scores)
     return scores if scores.dtype == torch.float64 else scores.float()
 
@@ -294,6 +294,11 @@ def fit_mlp(chosen, rejected, loss="margin", l2=0.01, margin=1.0, hidden=512, lr
     return head.requires_grad_(False), best_steps or taken, best_loss
 
 
+def mlp_settings(settings):
+    """The settings of a head → those that fit_mlp takes."""
+    return {name: value for name, value in settings.items() if name != "kind"}
+
+
 # ----------------------------------------------------------- K and the penalty by cross-validation
 
 def k_values(total):
@@ -343,19 +348,28 @@ def choose(losses, groups, rule="auto"):
     standard error of that, SE = √(G · var D_g) / n, with D_g a group's summed difference of the two
     losses and G groups: pairs of one prompt are not independent.
     """
-    best = min(losses, key=lambda option: float(losses[option].mean()))
+    best = least_mean(losses, losses)
     if rule == "best":
         return best
     _, group_of = np.unique(groups, return_inverse=True)
     for k in sorted({k for k, _ in losses}):
-        of_k = [option for option in losses if option[0] == k]
-        option = min(of_k, key=lambda option: float(losses[option].mean()))
+        option = best_of_k(losses, k)
         difference = (losses[option] - losses[best]).double().numpy()
         of_group = np.bincount(group_of, difference)
         error = np.sqrt(len(of_group) * of_group.var(ddof=1)) / len(difference)
         if difference.mean() <= error:
             return option
     return best
+
+
+def least_mean(losses, options):
+    """The option with the least mean loss, the first of equal ones."""
+    return min(options, key=lambda option: float(losses[option].mean()))
+
+
+def best_of_k(losses, k):
+    """The (K, L2) of this K with the least mean loss."""
+    return least_mean(losses, [option for option in losses if option[0] == k])
 
 
 @dataclass
@@ -371,34 +385,42 @@ def search(t, ks, penalties, settings, rule="auto"):
     """K and L2 of a linear head by cross-validation over the folds of stage 2 → Search.
 
     t: features.safetensors. The latents of each fold were selected without it, and so are its mean
-    and
-    std: latents chosen on the pairs that judge them would flatter a large K.
+    and std: latents chosen on the pairs that judge them would flatter a large K.
     """
     fold = t["fold"][t["search_pair"]]                          # [m]
     groups = t["group"][t["search_pair"]].numpy()
-    union = t["search_union"]                                   # [U], sorted
     pair_loss = loss_named(settings["loss"], settings["margin"])
     losses = {}
     differences = {}
     for number in range(FOLDS):
         held = fold == number
-        latents = t["search_latents"][number]
-        at = torch.searchsorted(union, latents)
-        sides = [t["search_chosen"][:, at], t["search_rejected"][:, at]]
-        mean, std = stage2.standardisation(sides, ~held)
-        chosen, rejected = [(side - mean) / std for side in sides]
+        train, tested = without_fold(t, number)
+        total = train[0].shape[1] // 2
         for k in ks:
-            columns = columns_of(k, len(latents) // 2)
-            train = chosen[~held][:, columns], rejected[~held][:, columns]
-            test = chosen[held][:, columns], rejected[held][:, columns]
-            for l2, head in penalty_path(*train, penalties, settings["loss"], settings["margin"]):
-                reward_chosen, reward_rejected = head(test[0]), head(test[1])
+            columns = columns_of(k, total)
+            chosen, rejected = [side[:, columns] for side in train]
+            for l2, head in penalty_path(chosen, rejected, penalties, settings["loss"],
+                                         settings["margin"]):
+                reward_chosen, reward_rejected = [head(side[:, columns]) for side in tested]
                 for table, values in ((losses, pair_loss(reward_chosen, reward_rejected)),
                                       (differences, reward_chosen - reward_rejected)):
                     table.setdefault((k, l2), torch.zeros(len(fold)))[held] = values
     k, l2 = choose(losses, groups, rule)
     means = {option: float(loss.mean()) for option, loss in losses.items()}
     return Search(k, l2, means, differences[k, l2])
+
+
+def without_fold(t, number):
+    """Scores on the latents that were selected without a fold, standardised without it.
+
+    t: features.safetensors. → ([chosen, rejected] of the other folds, the same of that fold)
+    """
+    held = t["fold"][t["search_pair"]] == number
+    at = torch.searchsorted(t["search_union"], t["search_latents"][number])
+    sides = [t[f"search_{side}"][:, at] for side in ("chosen", "rejected")]
+    mean, std = stage2.standardisation(sides, ~held)
+    scaled = [(side - mean) / std for side in sides]
+    return [side[~held] for side in scaled], [side[held] for side in scaled]
 
 
 def fit_temperature(differences):
@@ -806,10 +828,13 @@ def train_mlp(args, t, chosen, rejected, train_rows, record):
     if "search_union" not in t:
         raise UserError("too few prompts for an MLP, which stops on a fifth of them · --head mlp · "
                         f"at least {stage2.FEWEST_GROUPS}, or --head linear")
-    settings = {name: value for name, value in record["settings"].items() if name != "kind"}
+    settings = mlp_settings(record["settings"])
     l2 = MLP_L2 if args.l2 == "auto" else args.l2
     k = int(args.k) if args.k.isdigit() else total
-    train, held = fold_pair(t, 0, min(k, record["search_k"]))
+    train, held = without_fold(t, 0)
+    searched = columns_of(min(k, record["search_k"]), record["search_k"])
+    train = [side[:, searched] for side in train]
+    held = [side[:, searched] for side in held]
     best = (float("inf"), None)
     for seed in range(args.seeds):
         head, steps, loss = fit_mlp(*train, l2=l2, seed=seed, held=held, **settings)
@@ -823,17 +848,6 @@ def train_mlp(args, t, chosen, rejected, train_rows, record):
     return head, k, l2, differences, {"steps": steps, "seed_kept": seed, "search": {}}
 
 
-def fold_pair(t, number, k):
-    """The search tensors without a fold, and that fold → two (chosen, rejected), standardised."""
-    held = t["fold"][t["search_pair"]] == number
-    latents = t["search_latents"][number]
-    at = torch.searchsorted(t["search_union"], latents)[columns_of(k, len(latents) // 2)]
-    sides = [t["search_chosen"][:, at], t["search_rejected"][:, at]]
-    mean, std = stage2.standardisation(sides, ~held)
-    chosen, rejected = [(side - mean) / std for side in sides]
-    return (chosen[~held], rejected[~held]), (chosen[held], rejected[held])
-
-
 def report(args, out, seconds, t, meta):
     """The table at the end."""
     trained = trained_parameters(head_from(t))
@@ -843,13 +857,11 @@ def report(args, out, seconds, t, meta):
         for k, (loss, l2) in losses_by_k(meta["search"]).items():
             mark = "  ← taken" if k == meta["k"] else ""
             print(f"  K = {k:<5} {loss:.4f}   L2 {l2}{mark}")
-    print(f"head         {meta['settings']['kind']}, loss {meta['settings']['loss']}, K = "
-          f"{meta['k']} a side "
-          f"({2 * meta['k']} directions), L2 {meta['l2']:g}")
+    print(f"head         {meta['settings']['kind']}, loss {meta['settings']['loss']}, "
+          f"K = {meta['k']} a side ({2 * meta['k']} directions), L2 {meta['l2']:g}")
     if meta["accuracy_out_of_fold"] is not None:
         print(f"out of fold  {meta['accuracy_out_of_fold']:.3f} of the train and dev pairs right, "
-              "by "
-              "heads that had not seen them")
+              "by heads that had not seen them")
     print(f"parameters   {trained:,} trained, {trained / meta['parameters']:.2e} of the backbone's "
           f"{meta['parameters']:,}")
     print(f"temperature  {float(t['temperature']):.3f}")

@@ -38,6 +38,7 @@ intervals.
 
 import argparse
 import contextlib
+import functools
 import importlib
 import itertools
 import json
@@ -57,7 +58,14 @@ from tqdm import tqdm
 from parts import latents, report
 from parts.chat import render
 from parts.devices import one_thread
-from parts.files import UserError, file_hash, load_stage, run_main, write_text
+from parts.files import (
+    UserError,
+    file_hash,
+    load_stage,
+    read_json_rows,
+    run_main,
+    write_text,
+)
 from parts.statistics import (
     bootstrap,
     calibration,
@@ -111,16 +119,19 @@ class Pairs:
         return [[pair[side] for pair in self.pairs] for side in SIDES]
 
 
-def read_pairs(run, paths, meta):
-    """All pairs of a run, from its shards → what Pairs takes; z as stage 2 projects it."""
+def read_pairs(run, paths, meta=None):
+    """All pairs of a run, from its shards → what Pairs takes.
+
+    meta: of features.safetensors, for z as stage 2 projects it; else z as it was extracted.
+    """
     chunks = list(stage2.read_chunks(paths))
     columns = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
-    with open(Path(run) / "pairs.jsonl", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    z = [stage2.normalise(columns[side].float(), meta["normalise"], meta["norm_eps"])
-         for side in SIDES]
+    z = [columns[side].float() for side in SIDES]
+    if meta:
+        z = [stage2.normalise(side, meta["normalise"], meta["norm_eps"]) for side in z]
     return {"z": z, "split": columns["split"], "group": columns["group"].numpy(),
-            "tokens": [columns[f"{side}_tokens"].numpy() for side in SIDES], "pairs": rows}
+            "tokens": [columns[f"{side}_tokens"].numpy() for side in SIDES],
+            "pairs": read_json_rows(Path(run) / "pairs.jsonl")}
 
 
 class Data(Pairs):
@@ -148,14 +159,15 @@ class Data(Pairs):
         self.settings = self.head_meta["settings"]
         self.asked = self.head_meta["asked"]
         self.total = self.meta["k"]                 # latents a side that stage 2 kept
-        self.counts = fold_counts(self.sae, self.sae_z(), self.fold)
+        self.counts = fold_counts(self.sae, self.sae_z, self.fold)
 
+    @functools.cached_property
     def sae_z(self):
         """z as the SAE reads it: not normalised."""
         if self.meta["normalise"] == "none":
             return self.z
         paths, _ = stage2.shard_files(self.run, self.meta["layer"], self.meta["token"])
-        return read_pairs(self.run, paths, {**self.meta, "normalise": "none"})["z"]
+        return read_pairs(self.run, paths)["z"]
 
     def open_sae(self, place):
         """The SAE that stage 2 chose the latents with."""
@@ -167,8 +179,12 @@ class Data(Pairs):
 
     def selected(self, left_out):
         """Stage 2's selection without some folds → latents."""
-        frequency = stage2.frequencies(self.counts, self.fold, left_out)
-        return stage2.select_latents(*frequency, self.meta["k_asked"])
+        return select_without(self.counts, self.fold, left_out, self.meta["k_asked"])
+
+    @functools.cached_property
+    def selections(self):
+        """{folds left out: latents}, for every training."""
+        return {left_out: self.selected(left_out) for left_out in self.left_outs()}
 
     def left_outs(self):
         """Every set of folds that is left out of a training: none, one, two."""
@@ -179,6 +195,11 @@ class Data(Pairs):
 def fold_counts(sae, z, fold):
     """In how many responses of each fold does each latent fire → [folds, 2, d_sae]."""
     return stage2.firing_counts(sae, [{"chosen": z[0], "rejected": z[1]}], fold)
+
+
+def select_without(counts, fold, left_out, k):
+    """Stage 2's selection from fold_counts(), some folds left out → latents."""
+    return stage2.select_latents(*stage2.frequencies(counts, fold, left_out), k)
 
 
 def other_set(data, name, run):
@@ -256,6 +277,12 @@ def fit_path(view, sides, rows, ks, penalties, settings):
             yield (k, l2), Fitted(head, columns, mean, std)
 
 
+def fit_one(view, sides, rows, k, l2, settings):
+    """fit_path of one K and one penalty → Fitted."""
+    [(_, fitted)] = fit_path(view, sides, rows, [k], [l2], settings)
+    return fitted
+
+
 def out_of_fold(pairs, select, ks, settings, rule="auto", curve=False, others=None,
                 penalties=stage3.PENALTIES):
     """Test a method on every pair, by heads that have seen neither it nor its fold → Outcome.
@@ -265,8 +292,39 @@ def out_of_fold(pairs, select, ks, settings, rule="auto", curve=False, others=No
     choice when a is the test fold, and on a when b is: so five folds inside five cost ten fits.
     curve: also every K by itself. others: other sets to read with a head of all pairs.
     """
+    losses = losses_within(pairs, select, ks, penalties, settings)
+    outcome = Outcome(np.zeros(len(pairs.fold)))
+    for test in range(pairs.folds):
+        rows = pairs.used((test,))
+        seen = {option: loss[rows] for option, loss in losses[test].items()}
+        choice = stage3.choose(seen, pairs.group[rows.numpy()], rule)
+        outcome.choices.append(choice)
+        wanted = {choice}
+        if curve:
+            wanted |= {stage3.best_of_k(seen, k) for k in ks}
+
+        at = (pairs.fold == test).numpy()
+        found = test_fold(pairs, select, test, sorted(wanted), settings)
+        outcome.differences[at] = found[choice]
+        if curve:
+            for (k, _), differences in found.items():
+                outcome.by_k.setdefault(k, np.zeros(len(pairs.fold)))[at] = differences
+    if others:
+        k, l2 = Counter(outcome.choices).most_common(1)[0][0]
+        view = select(())
+        fitted = fit_one(view, view.scores(pairs), pairs.used(()), k, l2, settings)
+        for name, other in others.items():
+            outcome.of_others[name] = fitted.differences(view.scores(other)).numpy()
+    return outcome
+
+
+def losses_within(pairs, select, ks, penalties, settings):
+    """What K and L2 are chosen by when a fold is the test fold → {fold: {(K, L2): losses [n]}}.
+
+    0 at the pairs of the test fold itself: no head of its table has a say there.
+    """
     pair_loss = stage3.loss_named(settings["loss"], settings["margin"])
-    losses = {fold: {} for fold in range(pairs.folds)}          # of each test fold: {option: [n]}
+    losses = {fold: {} for fold in range(pairs.folds)}
     for a, b in itertools.combinations(range(pairs.folds), 2):
         view = select((a, b))
         sides = view.scores(pairs)
@@ -277,37 +335,20 @@ def out_of_fold(pairs, select, ks, settings, rule="auto", curve=False, others=No
                 table = losses[test].setdefault(option, torch.zeros(len(pairs.fold)))
                 on = pairs.fold == judge
                 table[on] = values[on]
+    return losses
 
-    outcome = Outcome(np.zeros(len(pairs.fold)))
-    for test in range(pairs.folds):
-        rows = pairs.used((test,))
-        seen = {option: loss[rows] for option, loss in losses[test].items()}
-        groups = pairs.group[rows.numpy()]
-        choice = stage3.choose(seen, groups, rule)
-        outcome.choices.append(choice)
-        wanted = {choice}
-        for k in ks if curve else ():
-            of_k = [option for option in seen if option[0] == k]
-            wanted.add(min(of_k, key=lambda option: float(seen[option].mean())))
 
-        view = select((test,))
-        sides = view.scores(pairs)
-        at = (pairs.fold == test).numpy()
-        for k, l2 in sorted(wanted):
-            [(_, fitted)] = fit_path(view, sides, rows, [k], [l2], settings)
-            found = fitted.differences([side[pairs.fold == test] for side in sides]).numpy()
-            if (k, l2) == choice:
-                outcome.differences[at] = found
-            if curve:
-                outcome.by_k.setdefault(k, np.zeros(len(pairs.fold)))[at] = found
-    if others:
-        k, l2 = Counter(outcome.choices).most_common(1)[0][0]
-        view = select(())
-        everything = pairs.used(())
-        [(_, fitted)] = fit_path(view, view.scores(pairs), everything, [k], [l2], settings)
-        for name, other in others.items():
-            outcome.of_others[name] = fitted.differences(view.scores(other)).numpy()
-    return outcome
+def test_fold(pairs, select, test, options, settings):
+    """One fold by heads of all others → {(K, L2): r_chosen - r_rejected of its pairs}."""
+    view = select((test,))
+    sides = view.scores(pairs)
+    rows = pairs.used((test,))
+    tested = [side[pairs.fold == test] for side in sides]
+    found = {}
+    for k, l2 in options:
+        fitted = fit_one(view, sides, rows, k, l2, settings)
+        found[k, l2] = fitted.differences(tested).numpy()
+    return found
 
 
 def too_few(pairs):
@@ -320,12 +361,23 @@ def fixed_choice(pairs, select, settings, k):
     l2 = stage3.LITTLE["l2"]
     outcome = Outcome(np.zeros(len(pairs.fold)), [(k, l2)] * pairs.folds)
     for test in range(pairs.folds):
-        view = select((test,))
-        sides = view.scores(pairs)
-        [(_, fitted)] = fit_path(view, sides, pairs.used((test,)), [k], [l2], settings)
-        held = [side[pairs.fold == test] for side in sides]
-        outcome.differences[(pairs.fold == test).numpy()] = fitted.differences(held).numpy()
+        found = test_fold(pairs, select, test, [(k, l2)], settings)
+        outcome.differences[(pairs.fold == test).numpy()] = found[k, l2]
     return outcome
+
+
+def all_of_z(left_out=()):
+    """The View of all of z; it depends on no fold."""
+    def scores(pairs):
+        return pairs.z
+    return View(scores)
+
+
+def dense_out_of_fold(pairs, settings):
+    """A linear head on all of z, its penalty chosen within the folds → Outcome."""
+    if too_few(pairs):
+        return fixed_choice(pairs, all_of_z, settings, None)
+    return out_of_fold(pairs, all_of_z, [None], settings)
 
 
 # ---------------------------------------------------------------- SparseRM itself
@@ -339,15 +391,14 @@ def ks_of(data, found):
 
 def test_method(data, select, ks, others=None, curve=False):
     """out_of_fold with the settings of the head, or without a search on very few prompts."""
-    settings = {**data.settings, "kind": "linear"}
     if too_few(data):
-        return fixed_choice(data, select, settings, min(stage3.LITTLE["k"], ks[-1] or 1))
+        return fixed_choice(data, select, data.settings, min(stage3.LITTLE["k"], ks[-1] or 1))
     rule = data.asked["k"] if data.asked["k"] in ("auto", "best") else "best"
     penalties = stage3.PENALTIES if data.asked["l2"] == "auto" else [data.asked["l2"]]
-    return out_of_fold(data, select, ks, settings, rule, curve, others, penalties)
+    return out_of_fold(data, select, ks, data.settings, rule, curve, others, penalties)
 
 
-def select_by(data, selections, read):
+def select_by(selections, read):
     """→ select(left_out): the View of `read(pairs, latents)` with the latents of each selection."""
     def select(left_out):
         chosen_latents = selections[left_out]
@@ -376,25 +427,23 @@ def score_pairs(pairs, directions):
 
 def sparserm(data, others=None):
     """The method: latents by firing frequency, projections on their decoder rows."""
-    selections = {left_out: data.selected(left_out) for left_out in data.left_outs()}
-    select = select_by(data, selections, project_on(data))
+    select = select_by(data.selections, project_on(data))
     ks = ks_of(data, data.total)
     if data.settings["kind"] == "mlp":
         return mlp_out_of_fold(data, select, ks[-1], data.settings, data.head_meta["l2"])
     return test_method(data, select, ks, others, curve=True)
 
 
-def paper(data, others=None):
+def paper(data, others=None, loss="margin"):
     """The paper's own head: an MLP of 512 with the margin loss on all K directions."""
-    selections = {left_out: data.selected(left_out) for left_out in data.left_outs()}
-    select = select_by(data, selections, project_on(data))
-    settings = {**stage3.DEFAULTS, "kind": "mlp", "loss": "margin"}
+    select = select_by(data.selections, project_on(data))
+    settings = {**stage3.DEFAULTS, "kind": "mlp", "loss": loss}
     return mlp_out_of_fold(data, select, data.total, settings, stage3.MLP_L2)
 
 
 def mlp_out_of_fold(pairs, select, k, settings, l2):
     """An MLP on every pair: stopped on the next fold, then as many steps on all other folds."""
-    settings = {name: value for name, value in settings.items() if name != "kind"}
+    settings = stage3.mlp_settings(settings)
     outcome = Outcome(np.zeros(len(pairs.fold)), [(k, l2)] * pairs.folds)
     for test in range(pairs.folds):
         following = (test + 1) % pairs.folds
@@ -421,14 +470,9 @@ def mlp_sides(pairs, view, k, rows, held):
 
 def dense(data, others=None):
     """The same head on all of z: what SparseRM leaves out."""
-    def whole(pairs):
-        return pairs.z
-
-    def select(left_out):
-        return View(whole)
     if data.settings["kind"] == "mlp":
-        return mlp_out_of_fold(data, select, None, data.settings, data.head_meta["l2"])
-    return test_method(data, select, [None], others)
+        return mlp_out_of_fold(data, all_of_z, None, data.settings, data.head_meta["l2"])
+    return test_method(data, all_of_z, [None], others)
 
 
 def random_directions(data, others=None):
@@ -526,9 +570,8 @@ def principal_directions(data, others=None):
 
 def activations(data, others=None):
     """What the chosen latents fire, instead of the projection on their decoder rows."""
-    selections = {left_out: data.selected(left_out) for left_out in data.left_outs()}
-    union = torch.unique(torch.cat(list(selections.values())))
-    f = activation_pairs(data.sae, data.sae_z(), union)         # encoded once
+    union = torch.unique(torch.cat(list(data.selections.values())))
+    f = activation_pairs(data.sae, data.sae_z, union)           # encoded once
 
     def read(pairs, chosen_latents):
         if pairs is data:
@@ -537,8 +580,8 @@ def activations(data, others=None):
         return activation_pairs(data.sae, pairs.z, chosen_latents)
     ks = ks_of(data, data.total)
     raw = data.meta["normalise"] == "none"  # other sets hold z as it is projected
-    return test_method(data, select_by(data, selections, read), ks, others if raw else None,
-                       curve=True)
+    select = select_by(data.selections, read)
+    return test_method(data, select, ks, others if raw else None, curve=True)
 
 
 def activation_pairs(sae, z, chosen_latents):
@@ -548,13 +591,18 @@ def activation_pairs(sae, z, chosen_latents):
 
 def words(data, others=None):
     """The wording of the response alone."""
-    def select(left_out):
-        features = WordFeatures(data.responses(), data.used(left_out))
+    return test_method(data, words_of(data), [None], others)
 
-        def rows(pairs):
-            return features(pairs.responses())
+
+def words_of(pairs):
+    """→ select(left_out): the View of WordFeatures whose grams are those of the other folds."""
+    def select(left_out):
+        features = WordFeatures(pairs.responses(), pairs.used(left_out))
+
+        def rows(others):
+            return features(others.responses())
         return View(rows, scale=False)
-    return test_method(data, select, [None], others)
+    return select
 
 
 def grams(text):
@@ -620,20 +668,17 @@ def shuffled_labels(data, others=None):
     swapped = Pairs([torch.where(coin[:, None], rejected, chosen),
                      torch.where(coin[:, None], chosen, rejected)],
                     data.split, data.group, data.tokens, data.pairs, data.folds)
-    raw_chosen, raw_rejected = data.sae_z()
+    raw_chosen, raw_rejected = data.sae_z
     counts = fold_counts(data.sae, [torch.where(coin[:, None], raw_rejected, raw_chosen),
                                     torch.where(coin[:, None], raw_chosen, raw_rejected)],
-                                    data.fold)
-
-    def selected(left_out):
-        return stage2.select_latents(*stage2.frequencies(counts, data.fold, left_out),
-                                     data.meta["k_asked"])
-    selections = {left_out: selected(left_out) for left_out in data.left_outs()}
+                         data.fold)
+    selections = {left_out: select_without(counts, data.fold, left_out, data.meta["k_asked"])
+                  for left_out in data.left_outs()}
     read = project_on(data)
 
     def read_swapped(pairs, chosen_latents):
         return read(swapped if pairs is data else pairs, chosen_latents)
-    select = select_by(data, selections, read_swapped)
+    select = select_by(selections, read_swapped)
     outcome = test_method(data, select, ks_of(data, data.total), others)
     sign = torch.where(coin, -1.0, 1.0).numpy()                 # the labels as they are
     outcome.differences *= sign
@@ -674,16 +719,7 @@ def blind(data, backbone):
     z = stage1.residuals(backbone, texts, [layer], [rule])[layer, rule].float()
     z = stage2.normalise(z, data.meta["normalise"], data.meta["norm_eps"])
     pairs.z = [z[0::2], z[1::2]]
-
-    def whole(pairs):
-        return pairs.z
-
-    def select(left_out):
-        return View(whole)
-    settings = {**data.settings, "kind": "linear"}
-    if too_few(pairs):
-        return wanted, fixed_choice(pairs, select, settings, None)
-    return wanted, out_of_fold(pairs, select, [None], settings)
+    return wanted, dense_out_of_fold(pairs, data.settings)
 
 
 # ---------------------------------------------------------------- the number of training pairs
@@ -700,9 +736,9 @@ def pairs_curve(data, sizes=(50, 100, 200, 500, 1000)):
                                                              "random_directions")}
         for test in range(data.folds):
             small = draw_pairs(data, data.used((test,)), size)
-            counts = fold_counts(data.sae, data.sae_z(), torch.where(small, 0, -1).to(torch.int8))
-            frequency = stage2.frequencies(counts, torch.where(small, 0, -1))
-            chosen_latents = stage2.select_latents(*frequency, data.head_meta["k"])
+            fold = torch.where(small, 0, -1).to(torch.int8)             # one fold: the few
+            counts = fold_counts(data.sae, data.sae_z, fold)
+            chosen_latents = select_without(counts, fold, (), data.head_meta["k"])
             gaussian = gaussian_directions(max(2, len(chosen_latents)), data.z[0].shape[1])
             views = {"sparserm": score_pairs(data, data.sae.W_dec[chosen_latents]),
                      "dense": data.z, "random_directions": score_pairs(data, gaussian)}
@@ -710,9 +746,8 @@ def pairs_curve(data, sizes=(50, 100, 200, 500, 1000)):
             for name, sides in views.items():
                 if not sides[0].shape[1]:
                     continue                        # no latent separates these few pairs
-                path = fit_path(View(None), sides, small, [None], [stage3.LITTLE["l2"]],
-                                {**data.settings, "kind": "linear"})
-                [(_, fitted)] = path
+                fitted = fit_one(View(None), sides, small, None, stage3.LITTLE["l2"],
+                                 data.settings)
                 differences = fitted.differences([side[held] for side in sides])
                 found[name][held.numpy()] = differences.numpy()
         rows[str(size)] = side_by_side(found, data.group)
@@ -754,7 +789,7 @@ def separation(data):
     test = data.part(data.split == TEST)
     if len(np.unique(test.group)) < 2:
         return [(None, None)] * len(data.head["latents"])
-    chosen, rejected = activation_pairs(data.sae, [z[data.split == TEST] for z in data.sae_z()],
+    chosen, rejected = activation_pairs(data.sae, [z[data.split == TEST] for z in data.sae_z],
                                         data.head["latents"])
     difference = ((chosen > 0).float() - (rejected > 0).float()).numpy()
     intervals = []

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from parts.files import UserError, write_text
+from parts.files import UserError, read_json_rows, write_text
 from parts.rows import read_rows, usable_pairs
 from parts.statistics import LIMITS, group_weights, says_little
 
@@ -75,12 +75,6 @@ def peak_mb():
 
 
 # ---------------------------------------------------------------- files
-
-def read_json_rows(path):
-    """A JSONL file that the project has written → list of rows."""
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
 
 def write_json(path, found, sort_keys=True):
     """Write figures as JSON."""
@@ -140,18 +134,9 @@ def unseen_questions(path, seed=0):
 
 # ---------------------------------------------------------------- a dense head
 
-def whole(left_out=()):
-    """The View of all of z, for stage 4's folds."""
-    def scores(pairs):
-        return pairs.z
-    return stage4.View(scores)
-
-
 def dense_out_of_fold(pairs):
     """A dense head with Bradley-Terry, the penalty chosen within the folds → Outcome."""
-    if stage4.too_few(pairs):
-        return stage4.fixed_choice(pairs, whole, stage3.DEFAULTS, None)
-    return stage4.out_of_fold(pairs, whole, [None], stage3.DEFAULTS)
+    return stage4.dense_out_of_fold(pairs, stage3.DEFAULTS)
 
 
 def fit_dense(pairs):
@@ -160,16 +145,15 @@ def fit_dense(pairs):
     settings = stage3.DEFAULTS
     pair_loss = stage3.loss_named(settings["loss"])
     losses = {}
+    view = stage4.all_of_z()
     for fold in range(pairs.folds):
         held = pairs.fold == fold
-        path = stage4.fit_path(whole(), pairs.z, ~held, [None], stage3.PENALTIES, settings)
+        path = stage4.fit_path(view, pairs.z, ~held, [None], stage3.PENALTIES, settings)
         for option, fitted in path:
             table = losses.setdefault(option, torch.zeros(len(held)))
             table[held] = fitted.losses([z[held] for z in pairs.z], pair_loss)
     _, l2 = stage3.choose(losses, pairs.group, "best")
-
-    [(_, fitted)] = stage4.fit_path(whole(), pairs.z, pairs.used(()), [None], [l2], settings)
-    return fitted
+    return stage4.fit_one(view, pairs.z, pairs.used(()), None, l2, settings)
 
 
 # ---------------------------------------------------------------- the language model itself

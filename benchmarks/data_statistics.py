@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.common import SIDES, head_line, line, read_json_rows, stage1, stage3, stage4
+from benchmarks.common import SIDES, head_line, line, stage1, stage3, stage4
+from parts.files import read_json_rows
 from parts.statistics import points
 
 NEGATION = re.compile(r"\b(no|not|never|cannot|none|nothing|\w+n't)\b", re.IGNORECASE)
@@ -38,14 +39,7 @@ def pairs_without_z(rows):
 def words_control(rows):
     """Accuracy of the words control over five folds."""
     pairs = pairs_without_z(rows)
-
-    def select(left_out):
-        features = stage4.WordFeatures(pairs.responses(), pairs.used(left_out))
-
-        def scores(of):
-            return features(of.responses())
-        return stage4.View(scores, scale=False)
-    outcome = stage4.out_of_fold(pairs, select, [None], stage3.DEFAULTS)
+    outcome = stage4.out_of_fold(pairs, stage4.words_of(pairs), [None], stage3.DEFAULTS)
     return float(points(outcome.differences).mean())
 
 

@@ -149,8 +149,8 @@ def rows_of_others(job):
 
 def activations(run, layer, split=None, most=None):
     """z of a run's pairs, at most of those of a split the first `most` → Pairs."""
-    paths, meta = stage2.shard_files(run, layer, RULE)
-    read = stage4.read_pairs(run, paths, {**meta, "normalise": "none"})
+    paths, _ = stage2.shard_files(run, layer, RULE)
+    read = stage4.read_pairs(run, paths)
     pairs = stage4.Pairs(**read)
     if split is None:
         return pairs
@@ -254,7 +254,7 @@ def fit_mlp(train):
     then as many steps on all."""
     settings = {**stage3.DEFAULTS, "l2": stage3.MLP_L2}
     del settings["kind"]
-    fit, held = stage4.mlp_sides(train, common.whole(), None, train.used((0,)), 0)
+    fit, held = stage4.mlp_sides(train, stage4.all_of_z(), None, train.used((0,)), 0)
     _, steps, _ = stage3.fit_mlp(*fit, held=held, **settings)
 
     mean, std = stage2.standardisation(train.z, train.used(()))

@@ -30,9 +30,9 @@ def heads(args):
     data = stage4.Data(args.run, args.name, args.sae)
     data.asked = {**data.asked, "k": "auto", "l2": "auto"}      # however its own head was made
     outcomes = {}
-    for kind, method in {"linear": linear, "mlp": mlp}.items():
+    for kind, method in {"linear": linear, "mlp": stage4.paper}.items():
         for loss in LOSSES:
-            outcomes[f"{kind} {loss}"] = method(data, loss)
+            outcomes[f"{kind} {loss}"] = method(data, loss=loss)
 
     found = {}
     ours = outcomes["linear bt"].differences
@@ -51,14 +51,6 @@ def linear(data, loss):
     return stage4.sparserm(data)
 
 
-def mlp(data, loss):
-    """The paper's MLP with a loss, on all directions → Outcome."""
-    settings = {**stage3.DEFAULTS, "kind": "mlp", "loss": loss}
-    selections = {left_out: data.selected(left_out) for left_out in data.left_outs()}
-    select = stage4.select_by(data, selections, stage4.project_on(data))
-    return stage4.mlp_out_of_fold(data, select, data.total, settings, stage3.MLP_L2)
-
-
 def ks_of(outcome):
     """The values of K that the folds chose: 16 to 64."""
     ks = sorted({k for k, _ in outcome.choices})
@@ -72,8 +64,8 @@ def layers(args):
     found = {token: {} for token in args.tokens}
     for token in args.tokens:
         for layer in args.layers:
-            paths, meta = stage2.shard_files(args.out, layer, token)
-            read = stage4.read_pairs(args.out, paths, {**meta, "normalise": "none"})
+            paths, _ = stage2.shard_files(args.out, layer, token)
+            read = stage4.read_pairs(args.out, paths)
             pairs = stage4.Pairs(**read)
             seen = pairs.part(pairs.split != stage4.TEST)
             row = summary(common.dense_out_of_fold(seen).differences, seen.group)

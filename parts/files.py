@@ -115,6 +115,12 @@ def write_rows(path, rows):
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def read_json_rows(path):
+    """A JSONL file that the project has written → list of rows."""
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
 def file_hash(path):
     """SHA-256 of a file, in hex. Within a command a file is read for it once, unless it changes."""
     now = os.stat(path)

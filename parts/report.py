@@ -354,6 +354,7 @@ def print_widest_gap(row):
     """A prompt with its best and its worst candidate."""
     prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
     print(f"\nwidest gap   {' '.join(prompt.split())[:90]!r}")
-    for name, score in (("best ", max(row["scores"])), ("worst", min(row["scores"]))):
-        candidate = row["candidates"][row["scores"].index(score)]
+    scores = row["scores"]
+    for name, score in (("best ", max(scores)), ("worst", min(scores))):
+        candidate = row["candidates"][scores.index(score)]
         print(f"  {name} {score:+.2f}   {candidate[:90]!r}")

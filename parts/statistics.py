@@ -55,9 +55,11 @@ def bootstrap(values, groups, draws=DRAWS, seed=0):
 def wilson(share, count):
     """Wilson's 95 % interval of a share seen in `count` independent observations → (low, high)."""
     z = 1.959964
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    spread = math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    half = z * spread / (1 + z * z / count)
+    shrink = 1 + z * z / count
+    middle = (share + z * z / (2 * count)) / shrink
+    variance = share * (1 - share) / count
+    spread = math.sqrt(variance + z * z / (4 * count * count))
+    half = z * spread / shrink
     low, high = max(0.0, middle - half), min(1.0, middle + half)
     return min(low, share), max(high, share)        # whatever rounding does at 0 and 1
 

@@ -1262,11 +1262,11 @@ def test_on_normalised_scores_all_methods_but_the_activations_read_the_normalise
     succeed("02_select_features", "--run", run, "--sae", sae, "--k", 8, "--normalise", "rms")
     succeed("03_train_head", "--run", run)
     data = stage4.Data(run)
-    for z, raw in zip(data.z, data.sae_z(), strict=True):
+    for z, raw in zip(data.z, data.sae_z, strict=True):
         assert z.square().mean(1).tolist() == pytest.approx([1] * 60, rel=1e-3)
         torch.testing.assert_close(torch.nn.functional.normalize(raw),
                                    torch.nn.functional.normalize(z))
-    fires = [(data.sae.encode(side) > 0).float().mean(0) for side in data.sae_z()]
+    fires = [(data.sae.encode(side) > 0).float().mean(0) for side in data.sae_z]
     assert torch.equal(data.selected(()), stage2.select_latents(*fires, 8))
 
 

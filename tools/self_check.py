@@ -7,14 +7,13 @@ Exit code 1 where one check fails.
 
 import argparse
 import importlib
-import json
 import sys
 from pathlib import Path
 
 import torch
 
 from parts.chat import control_tokens
-from parts.files import UserError, file_hash, load_stage, run_main
+from parts.files import UserError, file_hash, load_stage, read_json_rows, run_main
 
 stage2 = importlib.import_module("02_select_features")
 stage3 = importlib.import_module("03_train_head")
@@ -32,8 +31,7 @@ def self_check(run, name=None):
     if stale:  # the rest would compare what does not belong together
         return [("files belong together", False, stale)]
 
-    with open(run / "pairs.jsonl", encoding="utf-8") as file:
-        pairs = [json.loads(line) for line in file]
+    pairs = read_json_rows(run / "pairs.jsonl")
     train_rows = (features["fold"] >= 0).nonzero().flatten()
     rows = train_rows[::max(1, len(train_rows) // TEXTS)].tolist()
     texts = []                                  # chosen, rejected, chosen …

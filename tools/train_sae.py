@@ -397,8 +397,7 @@ def train_step(state, batch, args):
     """One step of Adam on a batch of three pools."""
     x = torch.cat(list(batch)) * state.scale
     pre = torch.relu((x - state.b_dec) @ state.W_enc + state.b_enc)
-    best = pre.topk(args.k, sorted=False)
-    f = torch.zeros_like(pre).scatter(-1, best.indices, best.values)
+    f, best = largest(pre, args.k)
     error = x - (f @ state.W_dec + state.b_dec)
 
     squared = error.square().sum(1).split([len(pool) for pool in batch])
@@ -424,10 +423,16 @@ def train_step(state, batch, args):
 
 def auxiliary_loss(state, pre, dead, rest):
     """AuxK: the dead latents model what the living ones leave, `rest` [b, d]. pre [b, dead]."""
-    best = pre.topk(min(len(dead), rest.shape[1] // 2), sorted=False)
-    f = torch.zeros_like(pre).scatter(-1, best.indices, best.values)
-    error = f @ state.W_dec[dead] - rest
-    return error.square().sum() / rest.square().sum().clamp_min(1e-8)
+    f, _ = largest(pre, min(len(dead), rest.shape[1] // 2))
+    left = f @ state.W_dec[dead] - rest
+    power = rest.square().sum().clamp_min(1e-8)
+    return left.square().sum() / power
+
+
+def largest(pre, k):
+    """As keep_largest() of sae.py, with a gradient → (latents [b, m], what topk found)."""
+    best = pre.topk(k, sorted=False)
+    return torch.zeros_like(pre).scatter(-1, best.indices, best.values), best
 
 
 def finish(state, args, layer):
