@@ -35,7 +35,7 @@ import torch
 from tqdm import tqdm
 
 from parts import devices
-from parts.chat import PLAIN_TEMPLATE, RenderedTexts, control_tokens, render, takes_system_turn
+from parts.chat import PLAIN_TEMPLATE, RenderedTexts, render, takes_system_turn
 from parts.files import (
     UserError,
     file_hash,
@@ -48,7 +48,7 @@ from parts.files import (
 from parts.files import load_stage as load_stage  # with save_stage: how others use stage files
 from parts.models import describe, from_pretrained, load_config, load_tokenizer, probe_weights
 from parts.packing import forward_passes, packing_holds
-from parts.rows import read_rows, usable_pairs
+from parts.rows import OddRow, read_rows, usable_pairs
 
 SPLITS = ("train", "dev", "test")
 TRAIN, DEV, TEST = range(3)         # how the files number them
@@ -266,7 +266,7 @@ class Counts:
     dropped: list = field(default_factory=list)                            # (reason, where)
     split: collections.Counter = field(default_factory=collections.Counter)
     groups: set = field(default_factory=set)
-    typed: int = 0                  # pairs with control tokens typed into their text
+    notes: collections.Counter = field(default_factory=collections.Counter)
 
 
 def prepare_pairs(args, tokenizer, rendered):
@@ -322,10 +322,8 @@ def rows_file(path):
 
 
 def write_row(file, row):
-    """Write a row as one line of JSON → that line."""
-    line = json.dumps(row, ensure_ascii=False) + "\n"
-    file.write(line)
-    return line
+    """Write a row as one line of JSON."""
+    file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def sort_pairs(args, tokenizer, pairs_file, dropped_file, rendered):
@@ -334,7 +332,6 @@ def sort_pairs(args, tokenizer, pairs_file, dropped_file, rendered):
     A row at a time, so that memory does not grow.
     """
     counts = Counts()
-    control, _ = control_tokens(tokenizer)
     for n, (where, raw) in enumerate(read_rows(args.pairs)):
         if args.limit and counts.kept >= args.limit:
             break
@@ -342,7 +339,8 @@ def sort_pairs(args, tokenizer, pairs_file, dropped_file, rendered):
         pairs, reasons = usable_pairs(tokenizer, raw, args.label, args.max_length, first)
 
         for reason in reasons:
-            write_row(dropped_file, {"where": where, "reason": reason, "row": raw})
+            row = raw.cells if isinstance(raw, OddRow) else raw
+            write_row(dropped_file, {"where": where, "reason": reason, "row": row})
             counts.dropped.append((reason, where))
 
         if args.limit:
@@ -350,12 +348,12 @@ def sort_pairs(args, tokenizer, pairs_file, dropped_file, rendered):
         for n_of_row, pair in enumerate(pairs):
             number = n_of_row if len(pairs) > 1 else None
             row = pair_row(raw, where, pair, args, number)
-            line = write_row(pairs_file, row)
+            write_row(pairs_file, row)
             rendered.extend(pair.texts)
             counts.kept += 1
             counts.split[row["split"]] += 1
             counts.groups.add(row["group"])
-            counts.typed += bool(control.search(line))
+            counts.notes.update(pair.notes)
     return counts
 
 
@@ -617,9 +615,8 @@ def settings_of(args, config, tokenizer):
 
 def report(args, counts, computed, count):
     """The table at the end."""
-    if counts.typed:
-        print(f"note: control tokens are typed into the text of {counts.typed} pairs: "
-              "split, so that they do not act")
+    for note, pairs in counts.notes.most_common():
+        print(f"note: {note} ({pairs} pairs)")
     by_split = " · ".join(f"{name} {counts.split[name]}" for name in SPLITS)
     layers = ", ".join(str(layer) for layer in args.layer)
     shards = count * len(args.layer) * len(args.token)

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from parts.chat import render
+from parts.chat import Unreadable, messages_of, render, with_last_turn
 from parts.devices import one_thread
 from parts.files import (
     UserError,
@@ -484,7 +484,13 @@ class RewardModel:
     # from text to the residual stream
 
     def render(self, prompt, response):
-        """A prompt and a response as the head was trained on them → Text of parts/chat.py."""
+        """A prompt and a response as the head was trained on them → Text of parts/chat.py.
+
+        Errors: Unreadable, of a text that cannot be read as it is meant.
+        """
+        if isinstance(response, str) and not response.strip():
+            raise Unreadable("an empty response · score · it has no token that could be read")
+        prompt = messages_of(prompt)
         return render(self.backbone.tokenizer, prompt, response, self.meta["max_length"])
 
     def read(self, texts, normalised=True):
@@ -603,29 +609,41 @@ class RewardModel:
     def __call__(self, prompts, completions, **_):
         """A TRL reward function: strings or chat messages → list of float.
 
-        None for a text longer than max_length.
+        Of a completion of several messages the last is scored, which has to be the assistant's; the
+        ones before it are its context. None for what cannot be scored, see score_each.
         """
-        responses = []
-        for completion in completions:
-            is_text = isinstance(completion, str)
-            responses.append(completion if is_text else completion[-1]["content"])
-        rewards, _ = self.score_each(prompts, responses)
+        rewards, _, _ = self.score_each(prompts, completions)
         return rewards
 
     def score_each(self, prompts, responses):
-        """As score(…, check=True), but None for a text longer than max_length."""
+        """As score(…, check=True), but one bad text spoils nothing but its own reward.
+
+        → (rewards, outside, reasons): of a text that cannot be scored None, None and why: it is
+        empty, longer than max_length, half of a UTF-16 pair, refused by the chat template … A
+        response may be messages, of which the last is the answer.
+        """
+        texts, reasons = self.render_each(prompts, responses)
+        hidden = dict(zip(texts, self.read(list(texts.values())))) if texts else {}
+        return *self.rewards_each(len(prompts), hidden), reasons
+
+    def render_each(self, prompts, responses):
+        """→ ({number: Text} of what can be read, for all: why not, or None)."""
         texts = {}
+        reasons = [None] * len(prompts)
         for n, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
             try:
-                texts[n] = self.render(prompt, response)
-            except UserError:
-                continue
+                texts[n] = self.render(*with_last_turn(prompt, response))
+            except Unreadable as error:
+                reasons[n] = str(error).partition(" · ")[0]
+        return texts, reasons
 
-        rewards = [None] * len(prompts)
-        outside = [None] * len(prompts)
-        if texts:
-            hidden = self.read(list(texts.values()))
-            found = zip(texts, self.reward_of(hidden).tolist(), self.outside(hidden).tolist())
+    def rewards_each(self, count, hidden):
+        """{number: residual vector [d]} → (count rewards, count bools: outside), else None."""
+        rewards = [None] * count
+        outside = [None] * count
+        if hidden:
+            z = torch.stack(list(hidden.values()))
+            found = zip(hidden, self.reward_of(z).tolist(), self.outside(z).tolist())
             for n, reward, is_outside in found:
                 rewards[n] = reward
                 outside[n] = is_outside

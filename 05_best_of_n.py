@@ -21,6 +21,7 @@ the best of m costs.
 
 import argparse
 import collections
+import functools
 import importlib
 import json
 import math
@@ -40,7 +41,16 @@ from parts.files import (
     write_rows,
     write_text,
 )
-from parts.rows import ACCEPTED, are_numbers, read_candidates, read_prompts, read_rows, usable_pairs
+from parts.models import load_tokenizer
+from parts.rows import (
+    ACCEPTED,
+    OddRow,
+    are_numbers,
+    read_candidates,
+    read_prompts,
+    read_rows,
+    usable_pairs,
+)
 from parts.sampled import HiddenSums, Sampled, score_sampled
 
 stage1, stage3 = (importlib.import_module(name) for name in ("01_extract", "03_train_head"))
@@ -246,21 +256,60 @@ def top_of(rows):
 
 
 def finish(out, rows):
-    """Write, draw and print the best-of-n curve."""
-    result = curve_of(rows)
+    """Write, draw and print the best-of-n curve, of the candidates that have a score."""
+    reasons = reasons_of(rows)
+    if reasons:
+        print(f"note: {reasons.total()} candidates have no score ({in_words(reasons)}): "
+              "ranked last, not in the curve")
+    scored = [row for row in map(with_scores, rows) if row["scores"]]
+    if not scored:
+        return
+    result = curve_of(scored)
     labelled = "label" in result["curve"][1]
     write_text(out.with_suffix(".curve.json"), json.dumps(result, indent=1) + "\n")
     drawn = report.picture(out.with_suffix(".curve.png"), report.best_of_plot, result["curve"])
-    report.print_curve(out, result, rows, top_of(rows) if labelled else None, drawn)
+    report.print_curve(out, result, scored, top_of(scored) if labelled else None, drawn)
+
+
+def reasons_of(rows):
+    """Why candidates have no score → Counter."""
+    return collections.Counter(reason for row in rows for reason in row.get("reasons", [])
+                               if reason)
+
+
+def in_words(reasons):
+    """A Counter of reasons → "2 × this, 1 × that"."""
+    return ", ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3))
+
+
+def with_scores(row):
+    """A row of candidates → the same without those that have no score."""
+    scored = [place for place, score in enumerate(row["scores"]) if score is not None]
+    columns = [name for name in ("candidates", "scores", "labels", "outside") if name in row]
+    return {**row, **{name: [row[name][place] for place in scored] for name in columns}}
+
+
+def ranking_of(scores):
+    """Places from the best score to the worst; what has no score comes last."""
+    return sorted(range(len(scores)),
+                  key=lambda place: math.inf if scores[place] is None else -scores[place])
+
+
+def are_scores(values, count):
+    """Is it a list of so many numbers, or None where a candidate has no score?"""
+    if not isinstance(values, list) or len(values) != count:
+        return False
+    numbers = [value for value in values if value is not None]
+    return are_numbers(numbers, len(numbers))
 
 
 # ---------------------------------------------------------------- sample
 
 def sample(args):
     """Sample n candidates a prompt and score them; goes on where a killed call stopped."""
-    prompts = read_prompts(args.prompts)[:args.limit]
     reward_meta = read_meta(args.reward, "03_train_head.py")
     policy_name = args.policy or args.model or reward_meta["model"]
+    prompts = prompts_to_sample(args, load_tokenizer(policy_name))
     made_with = {"policy": policy_name, "reward": file_hash(args.reward),
                  "settings": {name: getattr(args, name) for name in SAMPLING}}
     out = beside_the_head(args, "candidates.jsonl")
@@ -275,6 +324,15 @@ def sample(args):
     write_rows(out, rows)
     part.unlink(missing_ok=True)
     finish(out, rows)
+
+
+def prompts_to_sample(args, tokenizer):
+    """The prompts that the policy's chat template takes; the others are named."""
+    prompts, reasons = read_prompts(args.prompts, functools.partial(prompt_ids, tokenizer))
+    if reasons:
+        where, reason = next(iter(reasons.items()))
+        print(f"note: {len(reasons)} rows are left out, the first because: {reason} ({where})")
+    return prompts[:args.limit]
 
 
 def finished_rows(path, made_with):
@@ -296,7 +354,7 @@ def is_finished(row, made_with):
     """Is this a whole row of candidates, made with these settings?"""
     if not isinstance(row, dict) or not {"prompt", "candidates", "best"} <= set(row):
         return False
-    if not are_numbers(row.get("scores"), made_with["settings"]["n"]):
+    if not are_scores(row.get("scores"), made_with["settings"]["n"]):
         return False
     return all(row.get(name) == value for name, value in made_with.items())
 
@@ -317,13 +375,15 @@ def sample_missing(args, passes, made_with, reward_meta, part):
                                                progress=bar.update)
             prompt_of_row = [prompt for prompt in some for _ in range(args.n)]
             if read_off:
-                scores, outside, why = score_sampled(reward, prompt_of_row, texts, sampled)
+                *scored, why = score_sampled(reward, prompt_of_row, texts, sampled)
                 reasons += why
             else:
-                scores, outside = reward.score(prompt_of_row, texts, check=True)
+                scored = reward.score_each(prompt_of_row, texts)
             for number, prompt in enumerate(some):
                 own = slice(number * args.n, (number + 1) * args.n)
-                row = row_of_candidates(prompt, texts[own], scores[own], outside[own], made_with)
+                row = {"prompt": prompt, "candidates": texts[own]}
+                add_scores(row, [column[own] for column in scored])
+                row |= {"best": texts[own][ranking_of(row["scores"])[0]], **made_with}
                 rows[json.dumps(prompt)] = row
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
@@ -337,10 +397,12 @@ def groups_of(items, size):
     return [items[start:start + size] for start in range(0, len(items), size)]
 
 
-def row_of_candidates(prompt, texts, scores, outside, made_with):
-    """A row of candidates.jsonl."""
-    return {"prompt": prompt, "candidates": texts, "scores": scores, "outside": outside,
-            "best": texts[place_of_best(scores)], **made_with}
+def add_scores(row, scored):
+    """Add scores, outside and, where a candidate has no score, reasons to a row. In place."""
+    row["scores"], row["outside"], reasons = scored
+    row.pop("reasons", None)
+    if any(reasons):
+        row["reasons"] = reasons
 
 
 def tell_share_read_off(candidates, reasons):
@@ -371,37 +433,29 @@ def rank(args):
     """Score candidates of any engine and put them in order."""
     rows = read_candidates(args.candidates)
     reward = stage3.RewardModel.load(args.reward, model=args.model, device=args.device)
-    prompts = [row["prompt"] for row in rows for _ in row["candidates"]]
-    texts = [text for row in rows for text in row["candidates"]]
-    scores, outside = reward.score_each(prompts, texts)         # None: longer than max_length
-    head_hash = file_hash(args.reward)
-
-    done = 0
+    score_candidates(rows, reward, file_hash(args.reward))
+    if all(row["scores"].count(None) == len(row["scores"]) for row in rows):
+        raise UserError(f"no candidate can be scored ({in_words(reasons_of(rows))}) · "
+                        f"{args.candidates} · mend them, or run stage 1 with another --max-length")
     for row in rows:
-        row["scores"] = scores[done:done + len(row["candidates"])]
-        row["outside"] = outside[done:done + len(row["candidates"])]
-        row["reward"] = head_hash                   # `sample` may have left that of another head
-        done += len(row["candidates"])
         row["ranking"] = ranking_of(row["scores"])
         row["best"] = row["candidates"][row["ranking"][0]]
-
-    whole = [row for row in rows if None not in row["scores"]]
-    if not whole:
-        raise UserError(f"every prompt has a candidate longer than {reward.meta['max_length']} "
-                        f"tokens · {args.candidates} · "
-                        "run stage 1 with a larger --max-length")
-    if len(whole) < len(rows):
-        print(f"note: {len(rows) - len(whole)} prompts have a candidate that is too long to score: "
-              "ranked last, not in the curve")
     out = beside_the_head(args, Path(args.candidates).with_suffix(".ranked.jsonl").name)
     write_rows(out, rows)
-    finish(out, whole)
+    finish(out, rows)
 
 
-def ranking_of(scores):
-    """Places from the best score to the worst; what has no score comes last."""
-    return sorted(range(len(scores)),
-                  key=lambda place: math.inf if scores[place] is None else -scores[place])
+def score_candidates(rows, reward, head):
+    """Score the candidates of all rows, see add_scores. In place."""
+    prompts = [row["prompt"] for row in rows for _ in row["candidates"]]
+    texts = [text for row in rows for text in row["candidates"]]
+    columns = reward.score_each(prompts, texts)
+    done = 0
+    for row in rows:
+        own = slice(done, done + len(row["candidates"]))
+        add_scores(row, [column[own] for column in columns])
+        row["reward"] = head                        # `sample` may have left that of another head
+        done = own.stop
 
 
 # ---------------------------------------------------------------- pairs
@@ -419,6 +473,9 @@ def pairs(args):
                                    file_hash(args.reward)))
     if not rows:
         raise UserError(f"no pairs · {args.filter} · rows need {ACCEPTED}")
+    notes = collections.Counter(note for row in rows for note in row.pop("notes", ()))
+    for note, count in notes.most_common():
+        print(f"note: {note} ({count} pairs)")
 
     for row in rows:
         if args.plain and "reason" not in row and not isinstance(row["prompt"], str):
@@ -475,26 +532,30 @@ def existing_pairs(path, reward, label=None):
         if name is None:
             name = where.rpartition(":")[2]             # the line of the file
         for reason in reasons:
-            yield {"id": name, "reason": reason, "row": raw}
+            yield {"id": name, "reason": reason,
+                   "row": raw.cells if isinstance(raw, OddRow) else raw}
         for pair in found:
             yield {"id": name, "prompt": pair.prompt, "chosen": pair.chosen,
-                   "rejected": pair.rejected}
+                   "rejected": pair.rejected, "notes": pair.notes}
 
 
 def best_and_worst(rows, reward, head):
     """Candidates → rows {id, prompt, chosen: the best scored, rejected: the worst}."""
+    unscored = [row for row in rows if row.get("reward") != head
+                or not are_scores(row.get("scores"), len(row["candidates"]))]
+    if unscored:
+        score_candidates(unscored, reward, head)
     for n, row in enumerate(rows):
-        texts = [text for text in dict.fromkeys(row["candidates"]) if text.strip()]
-        if len(texts) < 2:
+        score_of = {text: score for text, score in zip(row["candidates"], row["scores"])
+                    if score is not None}
+        if len(score_of) < 2:
+            why = next((reason for reason in row.get("reasons", []) if reason), None)
+            reason = "fewer than two different candidates that have a score"
             yield {"id": str(n), "prompt": row["prompt"],
-                   "reason": "fewer than two different candidates that are not empty"}
+                   "reason": f"{reason} ({why})" if why else reason}
             continue
-        scores = row.get("scores")
-        if row.get("reward") != head or not are_numbers(scores, len(row["candidates"])):
-            scores = reward.score([row["prompt"]] * len(row["candidates"]), row["candidates"])
-        score_of = dict(zip(row["candidates"], scores))
-        yield {"id": str(n), "prompt": row["prompt"], "chosen": max(texts, key=score_of.get),
-               "rejected": min(texts, key=score_of.get)}
+        yield {"id": str(n), "prompt": row["prompt"], "chosen": max(score_of, key=score_of.get),
+               "rejected": min(score_of, key=score_of.get)}
 
 
 # ---------------------------------------------------------------- the stage

@@ -208,7 +208,8 @@ def main():
     p.add_argument("--write", action="store_true", help="into benchmarks/results/best_of_n.json")
     args = p.parse_args()
     reward = stage3.RewardModel.load(args.reward)
-    prompts = read_prompts(args.prompts)[:args.limit]
+    prompts, _ = read_prompts(args.prompts)
+    prompts = prompts[:args.limit]
     found = figures(args, prompts, measure(reward, prompts, args))
     show(found)
     if args.write:

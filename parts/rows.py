@@ -11,12 +11,21 @@ import itertools
 import json
 import math
 import os
-import re
+import sys
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from parts.chat import is_conversation, render
+from parts.chat import (
+    Unreadable,
+    as_turns,
+    check_prompt,
+    check_text,
+    context_and_answer,
+    messages_of,
+    render,
+    turns_of_transcript,
+)
 from parts.files import UserError
 from parts.models import await_hub
 
@@ -27,24 +36,27 @@ ACCEPTED = ("prompt, chosen, rejected | chosen, rejected | question, mc1_targets
 # ---------------------------------------------------------------- files → rows
 
 def read_rows(path):
-    """Yield (where, row) of a JSONL, JSON or CSV file (also .gz), or hub:REPO[:CONFIG][:SPLIT]."""
+    """Yield (where, row) of a JSONL, JSON or CSV file (also .gz), or hub:REPO[:CONFIG][:SPLIT].
+
+    A row of a table that does not fit its header is an OddRow.
+    """
     if str(path).startswith("hub:"):
         yield from read_hub(path)
         return
     path = Path(path)
     if not path.is_file():
         raise UserError(f"file not found · {path} · name a .jsonl, .json or .csv file, or hub:REPO")
-    if path.suffix in (".parquet", ".arrow", ".tsv", ".xlsx"):
+    if path.suffix in (".parquet", ".arrow", ".xlsx"):
         raise UserError(f"{path.suffix} is not read · {path} · "
                         "convert it to .jsonl, or put it into a folder and name hub:FOLDER")
 
     suffix = Path(path.name.removesuffix(".gz")).suffix
-    readers = {".csv": read_csv, ".json": read_json}
+    reader = read_table if suffix in (".csv", ".tsv") else read_json
     open_file = gzip.open if path.suffix == ".gz" else open
     with open_file(path, "rb") as raw:
         text = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
         try:
-            yield from readers.get(suffix, read_jsonl)(text, path)
+            yield from reader(text, path)
         except UserError:
             raise
         except UNREADABLE as error:
@@ -55,37 +67,69 @@ def read_rows(path):
 UNREADABLE = (ValueError, csv.Error, gzip.BadGzipFile, EOFError, zlib.error, RecursionError)
 
 
-def read_csv(text, path):
-    """Yield the rows of a table, each named by the line where it ends: cells may hold newlines."""
-    table = csv.DictReader(text)
-    for row in table:
-        yield f"{path}:{table.line_num}", row
+@dataclass
+class OddRow:
+    """A row of a table that does not fit the header, and why."""
+    reason: str
+    cells: list
+
+
+def read_table(text, path):
+    """Yield the rows of a table, each named by the line where it ends: cells may hold newlines.
+
+    The header decides between comma, semicolon and tab.
+    """
+    csv.field_size_limit(sys.maxsize)
+    first_line = text.readline()
+    delimiter = max(",;\t", key=first_line.count)
+    table = csv.reader(itertools.chain([first_line], text), delimiter=delimiter, strict=True)
+    header = [name.strip() for name in next(table, [])]
+    named = [name for name in header if name]
+    if len(set(named)) != len(named):
+        raise UserError(f"two columns of one name ({', '.join(header)}) · {path} · rename one")
+
+    try:
+        for cells in table:
+            if not cells:                               # a blank line
+                continue
+            where = f"{path}:{table.line_num}"
+            while len(cells) > len(header) and not cells[-1]:
+                cells.pop()                             # commas at the end
+            if len(cells) == len(header):
+                yield where, dict(zip(header, cells))
+            else:
+                reason = f"{len(cells)} cells, the header has {len(header)}"
+                yield where, OddRow(reason, cells)
+    except csv.Error as error:
+        reason = str(error).replace("unexpected end of data", "a quote is never closed")
+        raise UserError(f"not readable as a table ({reason}) · {path}:{table.line_num} · "
+                        "mend the quotes of this row") from None
 
 
 def read_json(text, path):
-    """Yield the rows of an array."""
-    array = json.load(text)
-    if not isinstance(array, list):
-        raise UserError(f"not an array of rows · {path} · "
-                        "put the rows into [ ], or one a line into a .jsonl file")
-    for n, row in enumerate(array):
-        yield f"{path}:[{n}]", row
+    """Yield the rows of a file that holds one array, or one JSON object a line."""
+    blank_lines = 0
+    line = text.readline()
+    while line and not line.strip():
+        blank_lines += 1
+        line = text.readline()
+    if line.lstrip().startswith("["):
+        for n, row in enumerate(json.loads(line + text.read())):
+            yield f"{path}:[{n}]", row
+        return
 
-
-def read_jsonl(text, path):
-    """Yield the rows of a file with one JSON object a line."""
-    for n, line in enumerate(text, 1):
-        if line.strip():
-            yield f"{path}:{n}", parse_line(line, f"{path}:{n}")
+    for n, row in enumerate(itertools.chain([line], text), blank_lines + 1):
+        if row.strip():
+            yield f"{path}:{n}", parse_line(row, f"{path}:{n}")
 
 
 def parse_line(line, where):
-    """One JSON object of a JSONL file → dict."""
+    """One line of a file with an object a line → what it holds."""
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"invalid JSON ({error.msg}, column {error.colno}) · {where} · "
-                        "mend or delete this line") from None
+                        "mend or delete this line; rows stand one a line, or all in [ ]") from None
 
 
 def read_hub(name):
@@ -112,12 +156,20 @@ def read_hub(name):
 
 # ---------------------------------------------------------------- rows → pairs
 
+# columns that hold the prompt where there is no column of that name; the first that is there counts
+PROMPTS = ("prompt", "question", "instruction", "query", "conversations", "conversation", "input",
+           "messages")
+SYSTEM = ("system", "system_prompt", "system_message")
+# they change what the model would see, and are not read: named, with a count
+CONTEXT = {"tools", "functions", "image", "images", "audio", "audios", "video", "videos",
+           "document", "documents", "context", "history"}
+# they say something of the pair, and are no part of the conversation
+ABOUT = {"id", "source", "category", "subset", "dataset", "split", "language", "lang", "model",
+         "chosen_model", "rejected_model", "type", "label", "rating", "score", "url", "license"}
+
+
 class NoLayout(UserError):
     """The columns of a row are those of no layout."""
-
-
-class NoPair(Exception):
-    """Why a row of a known layout gives no pair."""
 
 
 def pairs_of_row(row, label=None):
@@ -126,26 +178,31 @@ def pairs_of_row(row, label=None):
     Instead a str, where there is none: why. label: safer or better, for PKU-SafeRLHF. Errors:
     NoLayout.
     """
-    columns = set(row)
+    columns = {name for name, value in row.items() if value is not None}
     try:
         if "question" in columns and columns & {"mc1_targets", "mc2_targets"}:
-            return pairs_of_truthfulqa(row)
-        if {"prompt", "response_0", "response_1"} <= columns:
-            return pairs_of_pku(row, label)
-        if {"chosen", "rejected"} <= columns:
-            return pairs_of_trl(row)
-    except NoPair as reason:
+            pairs = pairs_of_truthfulqa(row)
+        elif {"prompt", "response_0", "response_1"} <= columns:
+            pairs = pairs_of_pku(row, label)
+        elif {"chosen", "rejected"} <= set(row):
+            pairs = pairs_of_trl(row)
+        else:
+            names = ", ".join(sorted(map(str, row)))
+            raise NoLayout(f"columns not recognised: {names}")
+        return [(behind_context(row, prompt), *sides) for prompt, *sides in pairs]
+    except Unreadable as reason:
         return str(reason)
-    raise NoLayout(f"columns not recognised: {', '.join(sorted(map(str, columns)))}")
 
 
 def pairs_of_truthfulqa(row):
     """Each right answer against a wrong one, which are taken in turn."""
-    target = row.get("mc2_targets") or row["mc1_targets"]
+    target = row.get("mc2_targets") or row.get("mc1_targets")
+    if not isinstance(target, dict) or not {"choices", "labels"} <= set(target):
+        raise Unreadable("mc1_targets and mc2_targets need choices and labels")
     right = [choice for choice, label in zip(target["choices"], target["labels"]) if label]
     wrong = [choice for choice, label in zip(target["choices"], target["labels"]) if not label]
     if not wrong:
-        raise NoPair("no wrong answer")
+        raise Unreadable("no wrong answer")
     return [(row["question"], answer, wrong[n % len(wrong)]) for n, answer in enumerate(right)]
 
 
@@ -155,27 +212,27 @@ def pairs_of_pku(row, label):
         raise UserError("this layout holds two labels · "
                         "columns safer_response_id, better_response_id · "
                         "pass --label safer or --label better")
-    best = int(row[f"{label}_response_id"])
-    if best not in (0, 1):
-        raise NoPair("no label")
-    return [(row["prompt"], row[f"response_{best}"], row[f"response_{1 - best}"])]
+    best = str(row[f"{label}_response_id"]).strip()
+    if best not in ("0", "1"):
+        raise Unreadable("no label")
+    chosen, rejected = row[f"response_{best}"], row[f"response_{1 - int(best)}"]
+    return [(row["prompt"], chosen, rejected)]
 
 
 def pairs_of_trl(row):
     """chosen and rejected, with a prompt (explicit) or without (implicit: what both begin with)."""
-    prompt = messages_of(row.get("prompt"))
     chosen = messages_of(row["chosen"])
     rejected = messages_of(row["rejected"])
+    name, prompt = prompt_of_row(row)
     if isinstance(chosen, list) and chosen and isinstance(chosen[0], str):
         return pairs_of_lists(prompt, chosen, rejected)
-
-    both_lists = isinstance(chosen, list) and isinstance(rejected, list)
-    whole_conversations = both_lists and len(chosen) > 2 and len(rejected) > 2
-    empty_cell = "prompt" in row and isinstance(chosen, str) and not is_transcript(chosen)
-    is_implicit = prompt in (None, "", []) and not empty_cell
-    if is_implicit or whole_conversations:
-        return [split_common(chosen, rejected)]
-    return [(prompt, answer_of(chosen), answer_of(rejected))]
+    if prompt:
+        if prompt != messages_of(row[name]) and isinstance(chosen, str):    # it was a transcript
+            chosen, rejected = chosen.strip(), rejected.strip()
+        return [split_explicit(prompt, chosen, rejected)]
+    if name and not both_transcripts(chosen, rejected) and isinstance(chosen, str):
+        raise Unreadable("an empty or non-text prompt")
+    return [split_implicit(row, chosen, rejected)]
 
 
 def pairs_of_lists(prompt, chosen, rejected):
@@ -186,36 +243,139 @@ def pairs_of_lists(prompt, chosen, rejected):
     return [(prompt, good, bad) for good, bad in together(chosen, rejected)]
 
 
-def answer_of(side):
-    """A text, or messages that hold one answer → the text."""
-    if not isinstance(side, list):
-        return side
-    if not is_conversation(side):
-        raise NoPair("messages without role and content")
-    answers = [turn for turn in side if turn["role"] == "assistant"]
-    if len(answers) != 1 or side[-1]["role"] != "assistant":
-        raise NoPair("the answer is not one assistant turn")
-    return answers[0]["content"]
+# ---------------------------------------------------------------- the prompt, and what is before it
+
+def prompt_of_row(row):
+    """→ (name of the column that holds the prompt or None, the prompt: text, messages or empty).
+
+    Alpaca splits it into instruction and input. A dialogue written as one text becomes messages.
+    """
+    there = [name for name in PROMPTS if row.get(name) not in (None, "", [])]
+    if not there:
+        return next((name for name in PROMPTS if name in row), None), None
+    name = there[0]
+    prompt = messages_of(row[name])
+    if name == "instruction" and isinstance(row.get("input"), str) and row["input"].strip():
+        prompt = f"{prompt}\n\n{row['input']}"
+    if isinstance(prompt, str):
+        turns = turns_of_transcript(prompt) or []
+        if turns and turns[-1] == {"role": "assistant", "content": ""}:
+            turns.pop()
+        if turns and turns[-1]["role"] == "user":
+            prompt = turns
+    return name, prompt
 
 
-def split_common(chosen, rejected):
-    """Implicit prompt: what both conversations begin with → (prompt, chosen, rejected)."""
+def behind_context(row, prompt):
+    """A prompt → behind the turns of the columns system and history, where the row has them."""
+    before = history_of(row)
+    system = next((row[name] for name in SYSTEM if row.get(name)), None)
+    if not before and not system:
+        return prompt
+    check_prompt(prompt)
+    turns = as_turns(prompt)
+    if system:
+        system = {"role": "system", "content": system}
+        own = [turn for turn in turns if turn["role"] == "system"]
+        if not own:
+            before = [system, *before]
+        elif own[0]["content"].strip() != str(system["content"]).strip():
+            raise Unreadable("two system turns, in the prompt and in a column of its own")
+    return [*before, *turns]
+
+
+def history_of(row):
+    """The column history as messages: they, or [[user, assistant], …]; [] where it is none."""
+    history = row.get("history")
+    if not isinstance(history, (list, tuple)) or not history:
+        return []
+    if all(isinstance(turn, dict) for turn in history):
+        return messages_of(history)
+    turns = []
+    for exchange in history:
+        if not isinstance(exchange, (list, tuple)) or len(exchange) != 2:
+            return []
+        turns.append({"role": "user", "content": exchange[0]})
+        turns.append({"role": "assistant", "content": exchange[1]})
+    return turns
+
+
+# ---------------------------------------------------------------- prompt, chosen, rejected
+
+def split_explicit(prompt, chosen, rejected):
+    """A prompt, and answers or whole conversations → (prompt, chosen, rejected), the prompt once.
+    """
+    check_prompt(prompt)
+    turns = as_turns(prompt)
+    if both_transcripts(chosen, rejected) and holds(turns_of_transcript(chosen), turns):
+        chosen, rejected = turns_of_transcript(chosen), turns_of_transcript(rejected)
+    chosen, rejected = without_prompt(prompt, chosen, rejected)
+    before, answer = context_and_answer(chosen)
+    before_rejected, answer_rejected = context_and_answer(rejected)
+    if before != before_rejected:
+        raise Unreadable("the two conversations part before the last turn")
+    if not before:
+        return prompt, answer, answer_rejected
+    if holds(before, turns):
+        return as_plain(prompt, before), answer, answer_rejected
+    if any(turn["role"] == "user" for turn in before):
+        raise Unreadable("the conversation does not hold the prompt")
+    return [*turns, *before], answer, answer_rejected
+
+
+def holds(conversation, turns):
+    """Does each of these turns stand in the conversation?"""
+    said = [turn["content"].strip() for turn in conversation]
+    return all(turn["content"].strip() in said for turn in turns)
+
+
+def as_plain(prompt, turns):
+    """Messages → the text of the prompt where they say no more than that."""
+    if isinstance(prompt, str) and len(turns) == 1:
+        return prompt
+    return turns
+
+
+def without_prompt(prompt, chosen, rejected):
+    """Both answers without the prompt's text, where both repeat it."""
+    if not repeat_prompt(prompt, chosen, rejected):
+        return chosen, rejected
+    length = len(prompt.strip())
+    return chosen.strip()[length:].strip(), rejected.strip()[length:].strip()
+
+
+def repeat_prompt(prompt, chosen, rejected):
+    """Do both answers begin with the prompt? One of a word or two says nothing: "Hello" … "Hello!".
+    """
+    if not all(isinstance(text, str) for text in (prompt, chosen, rejected)):
+        return False
+    if len(prompt.split()) < 3:
+        return False
+    ends = [side.strip()[len(prompt.strip()):] for side in (chosen, rejected)
+            if side.strip().startswith(prompt.strip())]
+    return len(ends) == 2 and all(end[:1].isspace() for end in ends)
+
+
+def both_transcripts(chosen, rejected):
+    """Are both sides dialogues, each written as one text?"""
+    are_texts = isinstance(chosen, str) and isinstance(rejected, str)
+    return are_texts and bool(turns_of_transcript(chosen) and turns_of_transcript(rejected))
+
+
+def split_implicit(row, chosen, rejected):
+    """What both sides begin with is the prompt → (prompt, chosen, rejected)."""
     if type(chosen) is not type(rejected) or not chosen or not rejected:
-        raise NoPair("chosen and rejected are not both text or both messages")
-    if isinstance(chosen, str) and is_transcript(chosen) and is_transcript(rejected):
-        return split_common(turns_of_transcript(chosen), turns_of_transcript(rejected))
+        raise Unreadable("chosen and rejected are not both text or both messages")
+    if both_transcripts(chosen, rejected):
+        chosen, rejected = turns_of_transcript(chosen), turns_of_transcript(rejected)
     if isinstance(chosen, str):
+        refuse_unknown_text(row)
         return split_common_text(chosen, rejected)
-
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
-        shared += 1
-    last_turns = chosen[shared:] + rejected[shared:]
-    if len(chosen) != shared + 1 or len(rejected) != shared + 1:
-        raise NoPair("the two conversations part before the last turn")
-    if any(turn["role"] != "assistant" for turn in last_turns):
-        raise NoPair("the two conversations part before the last turn")
-    return chosen[:shared], chosen[shared]["content"], rejected[shared]["content"]
+    before, answer = context_and_answer(chosen)
+    before_rejected, answer_rejected = context_and_answer(rejected)
+    if before != before_rejected or answer == answer_rejected:
+        raise Unreadable("the two conversations part before the last turn")
+    return before, answer, answer_rejected
 
 
 def split_common_text(chosen, rejected):
@@ -226,29 +386,28 @@ def split_common_text(chosen, rejected):
     return chosen[:shared].strip(), chosen[shared:], rejected[shared:]
 
 
-def messages_of(value):
-    """A CSV cell or JSON value → str or list of {role, content}."""
-    if isinstance(value, str) and value.startswith('[{"'):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
-            return value
-    return list(value) if isinstance(value, (list, tuple)) else value
+def refuse_unknown_text(row):
+    """Beside two plain texts, a column that is not known may well hold the prompt."""
+    unknown = unread_columns(row)
+    if unknown:
+        raise NoLayout(f"no column is known to hold the prompt, and {', '.join(unknown)} might: "
+                       "rename it to prompt, or delete it")
 
 
-def is_transcript(text):
-    """Is it written as hh-rlhf writes a dialogue?"""
-    return re.match(r"\s*Human:", text) is not None
-
-
-def turns_of_transcript(text):
-    """An hh-rlhf transcript "\\n\\nHuman: … \\n\\nAssistant: …" → messages."""
-    _, *parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text.lstrip())
-    turns = []
-    for speaker, said in zip(parts[0::2], parts[1::2]):
-        role = "user" if speaker == "Human" else "assistant"
-        turns.append({"role": role, "content": said.strip()})
-    return turns
+def unread_columns(row):
+    """Names of the columns of a row that hold text and are no part of what is read."""
+    name_of_prompt, _ = prompt_of_row(row)
+    read = {name_of_prompt, "chosen", "rejected", "response_0", "response_1", *SYSTEM, *ABOUT}
+    if name_of_prompt == "instruction":
+        read.add("input")
+    if history_of(row):
+        read.add("history")
+    unread = []
+    for name, value in row.items():
+        holds_text = isinstance(value, (list, dict)) or (isinstance(value, str) and " " in value)
+        if name not in read and value and (holds_text or name in CONTEXT):
+            unread.append(str(name))
+    return unread
 
 
 def pairs_or_reason(row, label=None, first=None):
@@ -257,6 +416,8 @@ def pairs_or_reason(row, label=None, first=None):
     first: where the row stands, if it is the first of its file: then a layout that is none is the
     file's, and an error.
     """
+    if isinstance(row, OddRow):
+        return row.reason
     if not isinstance(row, dict):
         return "not a JSON object"
     try:
@@ -280,10 +441,7 @@ class Pair:
     chosen: str
     rejected: str
     texts: tuple            # Text of chosen, Text of rejected: see parts/chat.py
-
-
-class Unusable(Exception):
-    """Why a pair cannot be scored."""
+    notes: tuple            # what of its row is not read, or not as it was written: sentences
 
 
 def usable_pairs(tokenizer, row, label, max_length, first=None):
@@ -299,52 +457,54 @@ def usable_pairs(tokenizer, row, label, max_length, first=None):
         try:
             check_pair(prompt, chosen, rejected)
             texts = render_both(tokenizer, prompt, chosen, rejected, max_length)
-            pairs.append(Pair(prompt, chosen, rejected, texts))
-        except Unusable as reason:
-            reasons.append(str(reason))
+            notes = notes_on(row, prompt, texts)
+            pairs.append(Pair(prompt, chosen, rejected, texts, notes))
+        except Unreadable as reason:
+            reasons.append(str(reason).partition(" · ")[0])
     return pairs, reasons
 
 
+def notes_on(row, prompt, texts):
+    """What a reader of the data should know of how this row is read → sentences, each once."""
+    notes = [f"column {name} is not read" for name in unread_columns(row)]
+    if prompt_of_row(row)[0] is None and not both_transcripts(row["chosen"], row["rejected"]):
+        notes.append("no prompt column: the prompt is what chosen and rejected both begin with")
+    if repeat_prompt(prompt, row.get("chosen"), row.get("rejected")):
+        notes.append("both answers begin with the prompt, which is read once")
+    return tuple(dict.fromkeys([*notes, *texts[0].notes, *texts[1].notes]))
+
+
 def check_pair(prompt, chosen, rejected):
-    """Refuse what is no text, or no conversation. Errors: Unusable."""
+    """Refuse what is no text, or no conversation. Errors: Unreadable."""
     if not all(isinstance(side, str) and side.strip() for side in (chosen, rejected)):
-        raise Unusable("an empty or non-text response")
-    if re.search("[\ud800-\udfff]", f"{prompt}{chosen}{rejected}"):
-        raise Unusable("half of a UTF-16 pair, which no tokenizer takes")
+        raise Unreadable("an empty or non-text response")
+    for side in (chosen, rejected):
+        check_text(side, "response")
+    if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+        raise Unreadable("an empty or non-text prompt")
+    check_prompt(prompt)
     if not isinstance(prompt, list):
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise Unusable("an empty or non-text prompt")
         return
-    if not is_conversation(prompt):
-        raise Unusable("prompt messages without role and content")
     if prompt[-1]["role"] == "assistant":
-        raise Unusable("the prompt ends with an assistant turn")
-    if not all(turn["content"].strip() for turn in prompt if turn["role"] == "assistant"):
-        raise Unusable("an empty assistant turn")
+        raise Unreadable("the prompt ends with an assistant turn")
+    for turn in prompt:
+        is_call = turn.keys() - {"role", "content"}
+        if turn["role"] == "assistant" and not turn["content"].strip() and not is_call:
+            raise Unreadable("an empty assistant turn")
 
 
 def render_both(tokenizer, prompt, chosen, rejected, max_length):
-    """Both sides of a pair → two Texts that differ. Errors: Unusable."""
-    try:
-        texts = tuple(render(tokenizer, prompt, side, max_length) for side in (chosen, rejected))
-    except UserError as error:
-        raise Unusable(str(error).partition(" · ")[0]) from None
-    except Exception as error:      # whatever a chat template says about this conversation
-        if type(error).__module__.startswith("jinja2"):
-            raise Unusable(f"refused by the chat template ({error})") from None
-        raise
+    """Both sides of a pair → two Texts that differ. Errors: Unreadable."""
+    texts = tuple(render(tokenizer, prompt, side, max_length) for side in (chosen, rejected))
     if texts[0].ids == texts[1].ids:
-        raise Unusable("both sides are the same token sequence")
+        raise Unreadable("both sides are the same token sequence")
     return texts
 
 
 # ------------------------------------------------------------- prompts and candidates, for stage 5
 
-def is_prompt(value):
-    """Is it a text, or messages with role and content?"""
-    if isinstance(value, list):
-        return is_conversation(value)
-    return isinstance(value, str) and bool(value.strip())
+# columns of a row of candidates that hold something for each of them
+EACH = ("candidates", "labels", "ids", "scores", "outside")
 
 
 def are_numbers(values, count):
@@ -354,52 +514,91 @@ def are_numbers(values, count):
     return all(isinstance(number, (int, float)) and math.isfinite(number) for number in values)
 
 
-def read_prompts(path):
-    """Prompts of a JSONL file, each once, in order."""
+def prompt_to_answer(row):
+    """The prompt of a row: a text or messages, behind its system turn and history.
+
+    Errors: Unreadable.
+    """
+    if isinstance(row, OddRow):
+        raise Unreadable(row.reason)
+    if not isinstance(row, dict):
+        raise Unreadable("not a JSON object")
+    _, prompt = prompt_of_row(row)
+    if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+        raise Unreadable("no prompt in this row")
+    prompt = behind_context(row, prompt)
+    check_prompt(prompt)
+    return prompt
+
+
+def read_prompts(path, check=check_prompt):
+    """Prompts of a file, each once, in order → (prompts, {where: why a row has none}).
+
+    check: raises Unreadable for what cannot be answered.
+    """
     found = {}
+    reasons = {}
     for where, row in read_rows(path):
-        prompt = row.get("prompt") if isinstance(row, dict) else None
-        if not is_prompt(prompt):
-            raise UserError(f"no prompt in this row · {where} · "
-                            "rows need a prompt (text or messages)")
-        found.setdefault(json.dumps(prompt), prompt)
+        try:
+            prompt = prompt_to_answer(row)
+            check(prompt)
+            found.setdefault(json.dumps(prompt), prompt)
+        except Unreadable as reason:
+            reasons[where] = str(reason)
     if not found:
-        raise UserError(f"no prompts · {path} · rows need a prompt (text or messages)")
-    return list(found.values())
+        where, reason = next(iter(reasons.items()), (path, "no prompts"))
+        raise UserError(f"{reason} · {where} · rows need a prompt (text or messages)")
+    return list(found.values()), reasons
 
 
 def read_candidates(path):
-    """Rows {prompt, candidates[, labels]} or {prompt, response[, id]} → list of the former."""
-    rows = []
-    grouped = {}                    # the rows that are made of single responses, by prompt
-    for where, row in read_rows(path):
-        is_row = isinstance(row, dict) and is_prompt(row.get("prompt"))
-        if not is_row or not {"candidates", "response"} & set(row):
-            raise UserError(f"not a row of candidates · {where} · "
-                            "needs prompt and candidates, or prompt and response")
-        if "response" in row:
-            key = json.dumps(row["prompt"])
-            if key not in grouped:
-                grouped[key] = {"prompt": row["prompt"], "candidates": [], "ids": []}
-                rows.append(grouped[key])
-            grouped[key]["candidates"].append(row["response"])
-            grouped[key]["ids"].append(row.get("id"))
-            check_candidates(grouped[key], where)
-        else:
-            check_candidates(row, where)
-            rows.append(dict(row))
+    """Rows {prompt, candidates[, labels]} or {prompt, response[, id, labels]} → list of the former.
+
+    One prompt in several rows is one prompt. One that cannot be read stays as it is: its candidates
+    will get no score.
+    """
+    rows = {}                                   # by prompt
+    for where, raw in read_rows(path):
+        row = with_lists(raw, where)
+        try:
+            row["prompt"] = prompt_to_answer(raw)
+        except Unreadable as reason:
+            if row.get("prompt") is None:
+                raise UserError(f"{reason} · {where} · rows need a prompt") from None
+        key = json.dumps(row["prompt"])
+        rows[key] = joined(rows[key], row, where) if key in rows else row
     if not rows:
         raise UserError(f"no candidates · {path} · "
                         "rows need prompt and candidates, or prompt and response")
-    return rows
+    return list(rows.values())
 
 
-def check_candidates(row, where):
-    """Refuse candidates that are no texts, and labels that are not a number for each."""
-    texts = row["candidates"]
-    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        raise UserError("candidates must be a list of texts, at least one · "
-                        f"{where} · mend this row")
+def with_lists(raw, where):
+    """A row with one response, or with candidates → {candidates: […], labels: […], …}, checked."""
+    row = dict(raw) if isinstance(raw, dict) else {}
+    if "response" in row and "candidates" not in row:
+        row["candidates"] = [row.pop("response")]
+        row["ids"] = [row.pop("id", None)]
+        if "labels" in row and not isinstance(row["labels"], list):
+            row["labels"] = [row["labels"]]
+    texts = row.get("candidates")
+    if not isinstance(texts, list) or not texts:
+        raise UserError("not a row of candidates · "
+                        f"{where} · needs prompt and candidates, at least one, or prompt and "
+                        "response")
     if "labels" in row and not are_numbers(row["labels"], len(texts)):
         raise UserError(f"labels must be numbers, one for each of the {len(texts)} candidates · "
                         f"{where} · mend this row")
+    return row
+
+
+def joined(row, more, where):
+    """Two rows of one prompt → one. What only one of them has for its candidates is left out."""
+    if ("labels" in row) != ("labels" in more):
+        raise UserError(f"labels for some of a prompt's candidates only · {where} · "
+                        "add the others, or leave them all out")
+    if row.get("reward") != more.get("reward"):         # scores of different heads
+        row = {name: value for name, value in row.items() if name != "scores"}
+    both = {name: [*row[name], *more[name]] for name in EACH if name in row and name in more}
+    rest = {name: value for name, value in row.items() if name not in EACH}
+    return {**rest, **both}

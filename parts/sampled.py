@@ -59,34 +59,34 @@ class HiddenSums:
 def score_sampled(reward, prompts, texts, sampled):
     """Rewards of answers just sampled from the reward's backbone, in the order of the rows.
 
-    prompts, texts: of each row. → (list of float, list of bool: outside of what training saw,
-    Counter of the reasons for which an answer was scored the ordinary way)
+    prompts, texts: of each row. → (rewards, bools: outside of what training saw, why an answer has
+    no reward; Counter of the reasons for which an answer was scored the ordinary way). The first
+    three are those of score_each.
     """
-    rendered = [reward.render(prompt, text) for prompt, text in zip(prompts, texts)]
-    reasons = [reason_against(reward, n, text, rendered[0], sampled)
-               for n, text in enumerate(rendered)]
-    readable = [n for n, reason in enumerate(reasons) if not reason]
-    others = [n for n, reason in enumerate(reasons) if reason]
-
-    hidden = [None] * len(texts)
+    rendered, unreadable = reward.render_each(prompts, texts)
+    hidden = {}
+    others = collections.Counter()
+    readable = []
+    if rendered:
+        first = next(iter(rendered.values()))
+        reasons = {n: reason_against(reward, n, text, first, sampled)
+                   for n, text in rendered.items()}
+        readable = [n for n, reason in reasons.items() if not reason]
+        others = collections.Counter(reason for reason in reasons.values() if reason)
     if readable:
         read = read_mean if reward.meta["token"] == "mean" else read_end
-        for n, z in zip(readable, read(reward, [rendered[n] for n in readable], readable, sampled)):
-            hidden[n] = z
-    if others:
-        for n, z in zip(others, reward.read([rendered[n] for n in others], normalised=False)):
-            hidden[n] = z
-    z = reward.normalise(torch.stack(hidden))
-    counted = collections.Counter(reasons[n] for n in others)
-    return reward.reward_of(z).tolist(), reward.outside(z).tolist(), counted
+        found = read(reward, [rendered[n] for n in readable], readable, sampled)
+        hidden.update(zip(readable, reward.normalise(found)))
+    rest = {n: text for n, text in rendered.items() if n not in hidden}
+    if rest:
+        hidden.update(zip(rest, reward.read(list(rest.values()))))
+    return *reward.rewards_each(len(texts), hidden), unreadable, others
 
 
 def reason_against(reward, n, text, first, sampled):
     """Why an answer cannot be read off → str, or None. text, first: this and the first answer."""
     row = sampled.rows[n]
     prompt = sampled.prompt_of(n)
-    if not row:
-        return "empty"
     if text.ids[:len(prompt)] != prompt:
         return "the template renders the prompt differently"
     if text.ids[len(prompt):text.last] != row:

@@ -1150,7 +1150,8 @@ def too_long(reward):
 
 def test_as_a_trl_reward_function_it_gives_the_score_of_each_text(reward):
     rows = pairs_of(reward.run)[:3]
-    prompts, responses = [row["prompt"] for row in rows], [rows[0]["chosen"], rows[1]["chosen"], ""]
+    prompts = [row["prompt"] for row in rows]
+    responses = [rows[0]["chosen"], rows[1]["chosen"], "."]
     found = reward(prompts=prompts, completions=responses, completion_ids=None, trainer_state=None)
     assert found == pytest.approx(reward.score(prompts, responses), abs=1e-3)
 
@@ -1168,6 +1169,58 @@ def test_as_a_trl_reward_function_it_gives_none_for_what_is_too_long(reward):
     assert found[1] is None
     assert [found[0], found[2]] == pytest.approx(reward.score(["a", "c"], ["yes", "no"]), abs=1e-3)
     assert reward(["a"], [too_long(reward)]) == [None]
+
+
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+UNSCORABLE = [      # prompt, completion
+    ("a", ""),
+    ("a", None),
+    ("a", []),
+    ("a", "yes \ud83d"),
+    ("a \udfff", "yes"),
+    ("a", [CALL]),
+    ("a", [{"role": "assistant", "content": "yes"}, {"role": "tool", "content": "wet"}]),
+    ([{"role": "user", "content": [{"type": "image"}]}], "yes"),
+    (5, "yes"),
+]
+
+
+@pytest.mark.parametrize("prompt, completion", UNSCORABLE, ids=[str(n) for n in range(9)])
+def test_as_a_trl_reward_function_it_gives_none_for_what_cannot_be_scored(
+        prompt, completion, reward):
+    [none, number] = reward([prompt, "a"], [completion, "yes"])
+    assert none is None
+    assert number == pytest.approx(reward.score(["a"], ["yes"])[0], abs=1e-3)
+
+
+def test_as_a_trl_reward_function_it_scores_the_last_turn_behind_those_of_the_tools(reward):
+    turns = [{"role": "assistant", "content": "One moment."}, {"role": "tool", "content": "wet"}]
+    prompt = [{"role": "user", "content": "a"}]
+    wanted = reward.score([[*prompt, *turns]], ["yes"])
+    completion = [*turns, {"role": "assistant", "content": "yes"}]
+    for given in ("a", prompt):
+        assert reward([given], [completion]) == pytest.approx(wanted, abs=1e-3)
+    assert wanted != pytest.approx(reward.score(["a"], ["yes"]), abs=1e-4)
+
+
+TWO_PARTS = [{"type": "text", "text": "Is it"}, {"type": "text", "text": "so?"}]
+
+
+@pytest.mark.parametrize("prompt", [
+    [{"role": "user", "content": TWO_PARTS}],
+    [{"from": "human", "value": "Is it\nso?"}],
+    {"role": "prompter", "content": "Is it\nso?"},
+    {"role": ["user"], "content": ["Is it\nso?"]},
+    str([{"role": "user", "content": "Is it\nso?"}]),
+])
+def test_a_prompt_is_scored_alike_however_its_messages_are_written(prompt, reward):
+    wanted = reward.score(["Is it\nso?"], ["yes"])
+    assert reward.score([prompt], ["yes"]) == pytest.approx(wanted, abs=1e-4)
+
+
+def test_an_empty_response_has_no_score(reward):
+    with pytest.raises(stage1.UserError, match="an empty response"):
+        reward.score(["a"], [" \n"])
 
 
 def test_as_a_trl_reward_function_it_has_a_name_and_is_no_module(reward):
@@ -1210,9 +1263,10 @@ def test_score_of_nothing_with_a_check_is_two_empty_lists(reward):
 
 
 def test_score_each_gives_none_for_what_is_too_long_and_for_its_check(reward):
-    rewards, outside = reward.score_each(["a", "b"], ["yes", too_long(reward)])
+    rewards, outside, reasons = reward.score_each(["a", "b"], ["yes", too_long(reward)])
     assert (rewards[:1], outside[:1]) == reward.score(["a"], ["yes"], check=True)
     assert (rewards[1], outside[1]) == (None, None)
+    assert reasons == [None, "response longer than max length"]
 
 
 def test_vectors_brought_to_one_length_are_scored_as_they_were_stored(run):

@@ -200,13 +200,13 @@ def head_on(backbone, token, normalise="none"):
 ANSWERS = ["It is.", "It is blue, surely not green.", "", "Yes",
            "One two three four five six seven eight nine ten.",
            "Is"]            # said as I, s: its text is one token
-TWO_OF_SIX = {"empty": 1, "tokenised anew it differs": 1}
-EVICTED = TWO_OF_SIX | {"a sliding window evicts keys": 4}
+ONE_OF_SIX = {"tokenised anew it differs": 1}
+EVICTED = ONE_OF_SIX | {"a sliding window evicts keys": 4}
 READ_OFF = [
-    ("llama", "mean", TWO_OF_SIX), ("llama", "last", TWO_OF_SIX), ("llama", "eot", TWO_OF_SIX),
-    ("llama", "content", TWO_OF_SIX), ("gpt2", "mean", TWO_OF_SIX), ("gpt2", "last", TWO_OF_SIX),
-    ("gpt_neox", "mean", TWO_OF_SIX), ("gpt_neox", "last", TWO_OF_SIX),
-    ("phi", "content", TWO_OF_SIX),
+    ("llama", "mean", ONE_OF_SIX), ("llama", "last", ONE_OF_SIX), ("llama", "eot", ONE_OF_SIX),
+    ("llama", "content", ONE_OF_SIX), ("gpt2", "mean", ONE_OF_SIX), ("gpt2", "last", ONE_OF_SIX),
+    ("gpt_neox", "mean", ONE_OF_SIX), ("gpt_neox", "last", ONE_OF_SIX),
+    ("phi", "content", ONE_OF_SIX),
     ("mistral", "last", EVICTED), ("gemma2", "last", EVICTED),
 ]
 
@@ -236,11 +236,12 @@ def sample_the_answers(reward, prompts, monkeypatch, steps=-1):
 
 def assert_read_off_as_scored(reward, prompts, texts, sampled):
     """The rewards of the sampling are those of a pass of its own → how many were scored anew."""
-    scores, outside, reasons = score_sampled(reward, prompts, texts, sampled)
-    largest = reward.scores_of(reward.hidden(prompts, texts)).abs().amax(1)
-    own = torch.tensor(reward.score(prompts, texts))
-    assert scores == pytest.approx(own.tolist(), abs=1e-3 * float(own.std()))
-    assert outside == (largest > reward.range).tolist()
+    scores, outside, why, reasons = score_sampled(reward, prompts, texts, sampled)
+    own, own_outside, own_why = reward.score_each(prompts, texts)
+    std = float(torch.tensor([score for score in own if score is not None]).std())
+    for text, score, wanted in zip(texts, scores, own, strict=True):
+        assert score == (pytest.approx(wanted, abs=1e-3 * std) if text else None)
+    assert (outside, why) == (own_outside, own_why)
     return reasons
 
 
@@ -261,7 +262,7 @@ def test_a_window_does_not_hinder_the_mean_of_answers_that_ended(family, backbon
     rows, texts, sampled = sample_the_answers(reward, PROMPTS, monkeypatch, steps=None)
     assert max(map(len, sampled.rows)) > tiny.WINDOW and all(sampled.ended)
     reasons = assert_read_off_as_scored(reward, rows, texts, sampled)
-    assert reasons == {reason: 3 * count for reason, count in TWO_OF_SIX.items()}
+    assert reasons == {reason: 3 * count for reason, count in ONE_OF_SIX.items()}
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma2"])
@@ -282,10 +283,13 @@ def test_rewards_of_vectors_of_one_length_are_read_off_as_well(backbone_of, monk
 def test_what_lies_outside_is_told_of_answers_read_off_the_sampling(backbone_of, monkeypatch):
     reward = head_on(backbone_of("llama"), "mean")
     rows, texts, sampled = sample_the_answers(reward, PROMPTS, monkeypatch)
-    reward.range = float(reward.scores_of(reward.hidden(rows, texts)).abs().amax(1).mean())
-    _, outside, _ = score_sampled(reward, rows, texts, sampled)
-    assert outside == reward.score(rows, texts, check=True)[1]
-    assert {False, True} == set(outside)
+    spoken = [(row, text) for row, text in zip(rows, texts) if text]
+    largest = reward.scores_of(reward.hidden(*zip(*spoken))).abs().amax(1)
+    reward.range = float(largest.mean())
+    _, outside, _, _ = score_sampled(reward, rows, texts, sampled)
+    told = [is_outside for is_outside, text in zip(outside, texts) if text]
+    assert told == (largest > reward.range).tolist()
+    assert {False, True} == set(told)
 
 
 # ---------------------------------------------------------------- the curve
@@ -602,15 +606,65 @@ TOO_LONG = {"prompt": "long", "candidates": ["blue " * 3000, "It is."]}
 def test_a_candidate_that_is_too_long_is_ranked_last_and_said_so(at):
     code, out, err = call(at, "rank", [CANDIDATES[0], TOO_LONG])
     assert code == 0, err
-    assert "1 prompts have a candidate that is too long" in out
+    assert "note: 1 candidates have no score (1 × response longer than max length)" in out
     _, row = read(at.out)
+    assert row["reasons"] == ["response longer than max length", None]
     assert row["scores"][0] is None
     assert row["ranking"] == [1, 0] and row["best"] == "It is."
 
 
-def test_a_prompt_with_a_candidate_that_is_too_long_is_not_in_the_curve(at):
+def test_a_candidate_without_a_score_is_not_in_the_curve(at):
     done(at, "rank", [CANDIDATES[0], TOO_LONG])
-    assert json.loads(at.curve.read_text())["prompts"] == 1
+    curve = json.loads(at.curve.read_text())["curve"]
+    assert [curve[m]["prompts"] for m in ("1", "2", "4")] == [2, 1, 1]
+
+
+BAD = [     # a row in which some candidates cannot be scored; why
+    ({"prompt": "a", "candidates": ["b", 5, "c \ud83d", ""]},
+     [None, "the response is no text but int", "half of a UTF-16 pair in the response, which no "
+      "tokenizer takes", "an empty response"]),
+    ({"prompt": "a", "response": None}, ["the response is no text but NoneType"]),
+    ({"prompt": [5], "candidates": ["b"]}, ["prompt messages without role and content"]),
+    ({"prompt": "a \udc00", "candidates": ["b"]},
+     ["half of a UTF-16 pair in the prompt, which no tokenizer takes"]),
+    ({"prompt": "a", "candidates": [[{"role": "user", "content": "b"}], [{"from": "gpt"}]]},
+     ["the answer is not an assistant turn", "messages without role and content"]),
+]
+
+
+@pytest.mark.parametrize("row, reasons", BAD, ids=[str(n) for n in range(len(BAD))])
+def test_a_candidate_that_cannot_be_scored_gets_a_reason_and_the_others_scores(row, reasons, at):
+    whole, found = done(at, "rank", [CANDIDATES[0], row])
+    assert None not in whole["scores"]
+    assert found["reasons"] == reasons
+    assert [score is None for score in found["scores"]] == [bool(reason) for reason in reasons]
+
+
+def test_the_last_message_of_a_candidate_is_scored_behind_the_others(at, reward):
+    calls = [{"role": "assistant", "content": "One moment."}, {"role": "tool", "content": "wet"}]
+    row = {"prompt": "a", "candidates": [[*calls, {"role": "assistant", "content": "yes"}]]}
+    [found] = done(at, "rank", [row])
+    prompt = [{"role": "user", "content": "a"}, *calls]
+    assert found["scores"] == pytest.approx(reward.score([prompt], ["yes"]), abs=1e-4)
+
+
+def test_candidates_of_one_prompt_in_several_rows_are_ranked_together(at):
+    halves = [{**CANDIDATES[0], "candidates": CANDIDATES[0]["candidates"][part],
+               "labels": CANDIDATES[0]["labels"][part]} for part in (slice(0, 2), slice(2, 4))]
+    expected = done(at, "rank", CANDIDATES)
+    assert done(at, "rank", [halves[0], CANDIDATES[1], halves[1]]) == expected
+
+
+def test_labels_of_single_responses_go_along(at):
+    flat = [{"prompt": row["prompt"], "response": text, "labels": label}
+            for row in CANDIDATES for text, label in zip(row["candidates"], row["labels"])]
+    assert [row["labels"] for row in done(at, "rank", flat)] == [
+        row["labels"] for row in CANDIDATES]
+
+
+def test_labels_for_some_candidates_of_a_prompt_only_are_refused(at):
+    rows = [{"prompt": "a", "response": "b", "labels": 1}, {"prompt": "a", "response": "c"}]
+    refused(at, "rank", rows, words=["labels for some", f"{at.file}:2"])
 
 
 def test_rows_of_a_prompt_and_a_response_are_grouped(at):
@@ -770,17 +824,23 @@ def refused(at, *args, words=()):
     assert not at.out.exists() and not at.part.exists()
 
 
+def test_what_filtered_pairs_do_not_keep_is_noted(at):
+    row = tiny.make_pairs(1)[0] | {"system": "Be brief.", "images": ["x.png"]}
+    code, out, err = call(at, "filter", [row], "--min-margin", -99)
+    assert code == 0, err
+    assert "note: column images is not read (1 pairs)" in out
+    [kept] = [*read(at.out), *read(at.dropped)]
+    assert kept["prompt"][0] == {"role": "system", "content": "Be brief."}
+
+
 NO_CANDIDATES = [
     {"prompt": "a", "candidates": []},
-    {"prompt": "a", "candidates": ["b", 5]},
     {"prompt": "a", "candidates": "bcd"},
     {"prompt": "a", "candidates": 5},
-    {"prompt": "a", "response": None},
     {"prompt": "a"},
     {"candidates": ["b"]},
     {"response": "b"},
     {"prompt": None, "candidates": ["b"]},
-    {"prompt": [5], "candidates": ["b"]},
     {"prompt": "a", "candidates": ["b"], "labels": [1, 0]},
     {"prompt": "a", "candidates": ["b"], "labels": 1},
     {"prompt": "a", "candidates": ["b"], "labels": ["good"]},
@@ -805,12 +865,21 @@ NO_PROMPT = [
 
 
 @pytest.mark.parametrize("row", NO_PROMPT, ids=json.dumps)
-def test_a_row_that_holds_no_prompt_is_one_line_that_names_it(row, at):
-    refused(at, "sample", [{"prompt": "a"}, row], words=[f"{at.file}:2"])
+def test_a_row_that_holds_no_prompt_is_left_out_and_named(row, at):
+    code, out, err = call(at, "sample", [{"prompt": "a"}, row])
+    assert code == 0, err
+    assert "note: 1 rows are left out" in out and f"{at.file}:2" in out
+    assert [row["prompt"] for row in read(at.out)] == ["a"]
+
+
+@pytest.mark.parametrize("row", NO_PROMPT, ids=json.dumps)
+def test_a_file_without_a_prompt_is_one_line_that_names_its_first_row(row, at):
+    refused(at, "sample", [row], words=[f"{at.file}:1"])
 
 
 def test_candidates_that_are_all_too_long_are_refused(at):
-    refused(at, "rank", [TOO_LONG], words=["longer than"])
+    row = {"prompt": "a", "candidates": ["blue " * 3000, "green " * 3000]}
+    refused(at, "rank", [row], words=["2 × response longer than max length", at.file])
 
 
 @pytest.fixture(params=COMMANDS)

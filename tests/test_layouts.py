@@ -44,6 +44,28 @@ def asked(prompt, chosen, rejected, **more):
 
 SYSTEM = {"role": "system", "content": "s"}
 TALK = turns("q", "a", "r")
+SAYS = {"user": "human", "assistant": "gpt", "system": "system"}
+
+
+def from_value(messages):
+    """Messages as ShareGPT writes them."""
+    return [{"from": SAYS[turn["role"]], "value": turn["content"]} for turn in messages]
+
+
+def parts(*texts):
+    """The content of a message as a list of parts."""
+    return [{"type": "text", "text": text, "image_url": None} for text in texts]
+
+
+CALL = {"type": "function", "function": {"name": "weigh", "arguments": {"what": "otter"}}}
+# prints the calls, the reasoning and the name of a turn
+ALL_FIELDS = tiny.CHATML.replace(
+    "{{ m['content'] }}",
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{% if m.name %}({{ m.name }}) {% endif %}{{ m['content'] }}"
+    "{% for call in m.tool_calls or [] %}[{{ call.function.name }}]{% endfor %}")
+CALLED = [*turns("q"), {"role": "assistant", "content": "", "tool_calls": [CALL]},
+          {"role": "tool", "content": "9 kg", "name": "weigh"}]
 
 
 # ---------------------------------------------------------------- layouts
@@ -108,20 +130,168 @@ PAIRS = {       # layout and trap: (row, [(prompt, chosen, rejected)])
          "mc2_targets": {"choices": ["a", "b", "c", "d"], "labels": [1, 0, 1, 1]}},
         [("q", "a", "b"), ("q", "c", "b"), ("q", "d", "b")]),
 }
+OTTERS = "You know otters."
+PAIRS |= {      # columns
+    "columns: question and system": (
+        {"system": OTTERS, "question": "How heavy?", **sides("Nine kilos.", "Nine tons.")},
+        [([{"role": "system", "content": OTTERS}, *turns("How heavy?")],
+          "Nine kilos.", "Nine tons.")]),
+    "columns: instruction and input, as in Alpaca": (
+        {"instruction": "Count them.", "input": "one two", **sides("Two.", "Three.")},
+        [("Count them.\n\none two", "Two.", "Three.")]),
+    "columns: instruction with an empty input": (
+        {"instruction": "Count.", "input": "", **sides("It is one.", "It is two.")},
+        [("Count.", "It is one.", "It is two.")]),
+    "columns: query, beside what only says something of the pair": (
+        {"query": "How heavy?", "source": "a zoo", "score": "9.5", **sides("Light.", "Heavy.")},
+        [("How heavy?", "Light.", "Heavy.")]),
+    "columns: system text beside a prompt": (
+        asked("q", "a", "b", system_prompt="s"),
+        [([SYSTEM, *turns("q")], "a", "b")]),
+    "columns: system text that the prompt has too": (
+        asked([SYSTEM, *turns("q")], "a", "b", system="s"),
+        [([SYSTEM, *turns("q")], "a", "b")]),
+    "columns: history as exchanges": (
+        asked("r", "b", "c", history=[["q", "a"]]),
+        [(TALK, "b", "c")]),
+    "columns: history as messages, behind the system text": (
+        asked("r", "b", "c", history=turns("q", "a"), system="s"),
+        [([SYSTEM, *TALK], "b", "c")]),
+    "columns: conversations with from and value": (
+        {"conversations": from_value(TALK), **sides(*map(from_value, [answer("b"), answer("c")]))},
+        [(TALK, "b", "c")]),
+}
+PAIRS |= {      # messages
+    "messages: one alone, no list": (
+        asked(turns("q")[0], answer("a")[0], answer("b")[0]),
+        [(turns("q"), "a", "b")]),
+    "messages: roles human and gpt": (
+        sides(*[[{"role": "human", "content": "q"}, {"role": "gpt", "content": c}] for c in "ab"]),
+        [(turns("q"), "a", "b")]),
+    "messages: roles prompter and Bot": (
+        asked([{"role": "prompter", "content": "q"}], *[[{"role": "Bot", "content": c}]
+                                                        for c in "ab"]),
+        [(turns("q"), "a", "b")]),
+    "messages: the role model": (
+        asked("q", *[[{"role": "model", "content": c}] for c in "ab"]),
+        [("q", "a", "b")]),
+    "messages: parts of text are joined": (
+        asked([{"role": "user", "content": parts("one", "two")}],
+              [{"role": "assistant", "content": parts("a")}],
+              [{"role": "assistant", "content": parts("b")}]),
+        [(turns("one\ntwo"), "a", "b")]),
+    "messages: lists of roles and of contents": (
+        asked({"role": ["user", "assistant", "user"], "content": ["q", "a", "r"]}, "b", "c"),
+        [(TALK, "b", "c")]),
+    "messages: fields that are empty or that no model reads": (
+        asked([{"role": "user", "content": "q", "tool_calls": None, "weight": 1, "id": "u1"}],
+              "a", "b"),
+        [(turns("q"), "a", "b")]),
+    "messages: as JSON with blanks in a text": (
+        asked(' [ {"role": "user", "content": "q"} ]', json.dumps(answer("a"), indent=1),
+              json.dumps(answer("b"))),
+        [(turns("q"), "a", "b")]),
+    "messages: as Python prints them": (
+        asked(str(TALK), str(answer("b")), str(answer("c")[0])),
+        [(TALK, "b", "c")]),
+    "messages: a whole conversation as Python prints it": (
+        asked("q", str(turns("q", "it's a")), str(turns("q", "b"))),
+        [("q", "it's a", "b")]),
+    "messages: an answer that shows a message is a text": (
+        asked("q", "Send {role: user, content: hi}.", "['red', 'blue']"),
+        [("q", "Send {role: user, content: hi}.", "['red', 'blue']")]),
+    "messages: what an agent did before both answers": (
+        asked("q", [*turns("q")[1:], *answer("I look."), {"role": "tool", "content": "t"},
+                    *answer("a")],
+              [*answer("I look."), {"role": "tool", "content": "t"}, *answer("b")]),
+        [([*turns("q"), *answer("I look."), {"role": "tool", "content": "t"}], "a", "b")]),
+}
+PAIRS |= {      # transcripts, and answers that repeat the prompt
+    "hh-rlhf: Windows' ends of lines": (
+        sides(*[hh("q", "a", "r", c).replace("\n", "\r\n") for c in "bc"]),
+        [(TALK, "b", "c")]),
+    "hh-rlhf: a System part": (
+        sides(*["\n\nSystem: s" + hh("q", c) for c in ("It is so.", "It is not.")]),
+        [([SYSTEM, *turns("q")], "It is so.", "It is not.")]),
+    "transcript: in the prompt, which ends with the assistant's name": (
+        asked(hh("q", "a", "r") + "\n\nAssistant:", " b", " c"),
+        [(TALK, "b", "c")]),
+    "transcript: in the prompt, which ends with the user's turn": (
+        asked(hh("q", "a", "r"), "b", "c"),
+        [(TALK, "b", "c")]),
+    "transcript: other names, a line a turn": (
+        asked("User: q\nBot: a\nUser: r\nBot:", "b", "c"),
+        [(TALK, "b", "c")]),
+    "transcript: names behind marks of headings": (
+        sides(*[f"### Human: q\n### Assistant: a\n### Human: r\n### Assistant: {c}" for c in "bc"]),
+        [(TALK, "b", "c")]),
+    "transcript: all in one line": (
+        asked("prompter: q assistant: a prompter: r", "b", "c"),
+        [(TALK, "b", "c")]),
+    "transcript: a text that only begins with a name": (
+        asked("User: how do I log in?", "AI: so.", "AI: not."),
+        [("User: how do I log in?", "AI: so.", "AI: not.")]),
+    "the prompt again in front of both answers": (
+        asked("Is an otter heavy?", "Is an otter heavy? No.", "Is an otter heavy?\nYes."),
+        [("Is an otter heavy?", "No.", "Yes.")]),
+    "the transcript again in front of both answers": (
+        asked(hh("q", "a", "r"), *[hh("q", "a", "r", c) for c in "bc"]),
+        [(TALK, "b", "c")]),
+    "the messages of the prompt again in front of both answers": (
+        asked(TALK, [*TALK, *answer("b")], [*TALK, *answer("c")]),
+        [(TALK, "b", "c")]),
+    "a greeting in front of both answers is no repeated prompt": (
+        asked("Hello", "Hello there.", "Hello you."),
+        [("Hello", "Hello there.", "Hello you.")]),
+}
 REASONS = {     # layout and trap: (row, what the reason says)
     "TRL implicit: nothing in common is no prompt": (
         sides("Yes.", "No."), "non-text prompt"),
     "messages: the last turn is the user's": (
-        sides(turns("q", "a", "r"), turns("q", "a", "s")), "part before"),
+        sides(turns("q", "a", "r"), turns("q", "a", "s")), "not an assistant turn"),
     "messages: two user turns that differ": (
-        sides([*turns("q"), *turns("r")], [*turns("q"), *turns("s")]), "part before"),
+        sides([*turns("q"), *turns("r")], [*turns("q"), *turns("s")]), "not an assistant turn"),
     "messages: they part earlier": (
         sides(turns("q", "a", "r", "b"), turns("q", "c", "r", "b")), "part before"),
     "messages: the same conversation twice": (
         sides(turns("q", "a"), turns("q", "a")), "part before"),
-    "messages: parts of several kinds": (
-        asked("q", answer([{"type": "text", "text": "a"}]), answer("b")),
-        "without role and content"),
+    "columns: an unknown one beside two plain texts": (
+        {"riddle": "What is it?", **sides("It is so.", "It is not.")},
+        "no column is known to hold the prompt, and riddle might"),
+    "columns: an unknown one with messages": (
+        {"dialogue": turns("q"), **sides("It is so.", "It is not.")}, "and dialogue might"),
+    "columns: two system texts": (
+        asked([SYSTEM, *turns("q")], "a", "b", system="another"), "two system turns"),
+    "columns: an empty question": (
+        {"question": " ", **sides("It is so.", "It is not.")}, "non-text prompt"),
+    "messages: from without value": (
+        asked([{"from": "human"}], "a", "b"), "without role and content"),
+    "messages: roles and contents of different numbers": (
+        asked({"role": ["user", "assistant"], "content": ["q"]}, "a", "b"), "different lengths"),
+    "messages: as numpy prints them": (
+        asked("q", "[{'role': 'user', 'content': 'q'}\n {'role': 'assistant', 'content': 'a'}]",
+              "b"), "looks like a list of messages but is neither JSON nor Python"),
+    "messages: JSON that was cut short": (
+        asked('[{"role": "user", "content": "q', "a", "b"), "looks like a list of messages"),
+    "messages: thoughts of an answer": (
+        asked("q", [{**answer("a")[0], "reasoning_content": "so"}], answer("a")),
+        "the answer has reasoning_content"),
+    "messages: an answer that is a call": (
+        asked("q", [{"role": "assistant", "content": None, "tool_calls": [CALL]}], answer("a")),
+        "the answer has tool_calls"),
+    "messages: thoughts that the template does not print": (
+        asked([*turns("q"), {**answer("a")[0], "thinking": "so"}, *turns("r")], "b", "c"),
+        "the chat template does not render thinking"),
+    "messages: calls that the template does not print": (
+        asked(CALLED, "a", "b"), "the chat template does not render"),
+    "messages: audio": (
+        asked([{"role": "user", "content": [{"type": "input_audio", "data": "…"}]}], "a", "b"),
+        "a part of type input_audio"),
+    "messages: a conversation about something else than the prompt": (
+        asked("p", turns("q", "a"), turns("q", "b")), "does not hold the prompt"),
+    "messages: a part that is no text": (
+        asked("q", answer([{"type": "image", "url": "x.png"}]), answer("b")),
+        "a part of type image"),
     "messages: an empty assistant turn in the prompt": (
         asked(turns("q", "", "r"), "a", "b"), "empty assistant turn"),
     "messages: an assistant turn of spaces in the prompt": (
@@ -134,17 +304,23 @@ REASONS = {     # layout and trap: (row, what the reason says)
         sides(hh("q", ""), hh("q", "b")), "empty or non-text response"),
     "PKU-SafeRLHF: no label": (
         {"prompt": "q", "response_0": "a", "response_1": "b", "safer_response_id": -1}, "no label"),
+    "PKU-SafeRLHF: null for a label": (
+        {"prompt": "q", "response_0": "a", "response_1": "b", "safer_response_id": None},
+        "no label"),
+    "PKU-SafeRLHF: a word for a label": (
+        {"prompt": "q", "response_0": "a", "response_1": "b", "safer_response_id": "both"},
+        "no label"),
     "TruthfulQA: no wrong answer": (
         {"question": "q", "mc2_targets": {"choices": ["a", "b"], "labels": [1, 1]}},
         "no wrong answer"),
     "TruthfulQA: choices without labels": (
-        {"question": "q", "mc1_targets": {"choices": ["a", "b"]}}, "malformed"),
+        {"question": "q", "mc1_targets": {"choices": ["a", "b"]}}, "need choices and labels"),
 }
 
 
-def pairs_of(row, label=None):
+def pairs_of(row, label=None, template=tiny.CHATML):
     """→ ([(prompt, chosen, rejected)], reasons)."""
-    found, reasons = usable_pairs(tiny.make_tokenizer(), row, label, 2048)
+    found, reasons = usable_pairs(tiny.make_tokenizer(template), row, label, 2048)
     return [(pair.prompt, pair.chosen, pair.rejected) for pair in found], reasons
 
 
@@ -160,6 +336,72 @@ def test_a_row_without_a_usable_pair_gives_the_reason(trap):
     found, reasons = pairs_of(row, "safer")
     assert not found
     assert len(reasons) == 1 and says in reasons[0]
+
+
+NOT_SYSTEM_LATER = tiny.CHATML.replace("<|im_start|>{{ m['role'] }}",
+                                       "{% if m.role != 'system' or loop.first %}<|im_start|>"
+                                       "{{ m['role'] }}", 1).replace("<|im_end|>\n{% endfor",
+                                                                     "<|im_end|>\n{% endif %}"
+                                                                     "{% endfor")
+ONLY_KNOWN = tiny.CHATML.replace("{% for m in messages %}",
+                                 "{% for m in messages if m.role in ('user', 'assistant') %}")
+
+
+@pytest.mark.parametrize("template, prompt, role", [
+    (ONLY_KNOWN, [{"role": "developer", "content": "d"}, *turns("q")], "developer"),
+    (ONLY_KNOWN, [*turns("q"), {"role": "tool", "content": "t"}], "tool"),
+    (NOT_SYSTEM_LATER, [*turns("q", "a"), SYSTEM, *turns("r")], "system"),
+])
+def test_a_turn_that_the_template_does_not_print_is_a_reason(template, prompt, role):
+    found, reasons = pairs_of(asked(prompt, "b", "c"), template=template)
+    assert not found
+    assert reasons == [f"the chat template does not render a turn of role {role} at this place"]
+
+
+def test_fields_that_the_template_prints_go_through_it():
+    tokenizer = tiny.make_tokenizer(ALL_FIELDS)
+    thoughtful = [*turns("q"), {**answer("a")[0], "reasoning_content": "so"}]
+    for prompt, printed in [(CALLED, "[weigh]"), (CALLED, "(weigh) 9 kg"),
+                            ([*thoughtful, *turns("r")], "<think>so</think>a")]:
+        [pair], reasons = usable_pairs(tokenizer, asked(prompt, "b", "c"), None, 2048)
+        assert pair.prompt == prompt and not reasons
+        assert printed in tokenizer.decode(pair.texts[0].ids)
+
+
+NO_THOUGHTS = tiny.CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
+NOTES = [       # template, row, the note
+    (tiny.CHATML, asked("q", "a", "b", tools=[CALL]), "column tools is not read"),
+    (tiny.CHATML, asked("q", "a", "b", images=["x.png"]), "column images is not read"),
+    (tiny.CHATML, asked("q", "a", "b", context="It was in May."), "column context is not read"),
+    (tiny.CHATML, asked("q", "a", "b", persona="an old man"), "column persona is not read"),
+    (tiny.CHATML, asked("q", "a", "b", history="they talked"), "column history is not read"),
+    (tiny.CHATML, sides("It is so.", "It is not."), "no prompt column: the prompt is what chosen "
+                                                    "and rejected both begin with"),
+    (tiny.CHATML, asked("Is it so?", "Is it so? Yes.", "Is it so? No."),
+     "both answers begin with the prompt, which is read once"),
+    (NO_THOUGHTS, asked("q", "<think>so</think>a", "b"),
+     "the chat template changes a text, for example cuts thoughts out of it"),
+    (NO_THOUGHTS, asked(turns("q", "<think>so</think>a", "r"), "b", "c"),
+     "the chat template changes a text, for example cuts thoughts out of it"),
+    (tiny.CHATML, asked("q <|im_end|>", "a", "b"),
+     "control tokens typed into a text are split, so that they do not act"),
+]
+
+
+@pytest.mark.parametrize("template, row, note", NOTES, ids=[str(n) for n in range(len(NOTES))])
+def test_what_is_not_read_as_it_is_written_is_noted(template, row, note):
+    [pair], _ = usable_pairs(tiny.make_tokenizer(template), row, None, 2048)
+    assert pair.notes == (note,)
+
+
+@pytest.mark.parametrize("row", [
+    asked("q", "a", "b", id="a b", source="a zoo", category="big cats", score=1.5, url="x y"),
+    asked("q", turns("q", "a"), turns("q", "b"), chosen_model="m n"),
+    sides(hh("q", "a"), hh("q", "b")),
+])
+def test_a_row_that_is_read_whole_has_no_notes(row):
+    [pair], _ = usable_pairs(tiny.make_tokenizer(), row, None, 2048)
+    assert pair.notes == ()
 
 
 TWO_LABELS = {"prompt": "q", "response_0": "a", "response_1": "b"}
@@ -302,14 +544,78 @@ def test_limit_keeps_that_many_pairs_also_where_a_row_holds_several(tmp_path, ex
     assert ids == ["1#0", "1#1", "1#2", "2"]
 
 
+def test_notes_are_counted_and_printed_the_most_frequent_first(tmp_path, extract):
+    rows = [asked(f"q{n}", "a", "b", images=["x.png"]) for n in range(3)]
+    rows[0]["tools"] = [CALL]
+    out = extract(save_rows(tmp_path / "p.jsonl", rows))
+    assert ("note: column images is not read (3 pairs)\n"
+            "note: column tools is not read (1 pairs)\n") in out
+
+
+# ---------------------------------------------------------------- tables
+
+def read(path, text):
+    """The rows of a file that holds this text."""
+    path.write_text(text, encoding="utf-8", newline="")
+    return [row for _, row in read_rows(path)]
+
+
+ROW = {"prompt": "Well, is it?", "chosen": "a;b", "rejected": "c"}
+
+
+@pytest.mark.parametrize("name, text", [
+    ("p.csv", 'prompt,chosen,rejected\n"Well, is it?",a;b,c\n'),
+    ("p.csv", ' prompt , chosen,rejected \n"Well, is it?",a;b,c,,\n'),
+    ("p.csv", 'prompt;chosen;rejected\r\nWell, is it?;"a;b";c\r\n'),
+    ("p.csv", "prompt\tchosen\trejected\nWell, is it?\ta;b\tc\n"),
+    ("p.tsv", "prompt\tchosen\trejected\n\nWell, is it?\ta;b\tc\n"),
+    ("p.json", json.dumps(ROW) + "\n"),
+    ("p.jsonl", json.dumps([ROW], indent=1)),
+    ("p.jsonl", "\n \n" + json.dumps([ROW])),
+])
+def test_a_table_is_read_whatever_parts_its_cells_and_rows(name, text, tmp_path):
+    assert read(tmp_path / name, text) == [ROW]
+
+
+def test_a_cell_of_any_length_is_read(tmp_path):
+    long = "word " * 100_000
+    [row] = read(tmp_path / "p.csv", f"prompt,chosen,rejected\nq,{long},b\n")
+    assert row["chosen"] == long
+
+
+@pytest.mark.parametrize("cells, says", [
+    ("Well, is it?,a,b", "4 cells, the header has 3"),
+    ("q,a", "2 cells, the header has 3"),
+    ("q,a,b,,c", "5 cells, the header has 3"),
+])
+def test_a_row_that_does_not_fit_the_header_is_dropped_with_its_line(
+        cells, says, tmp_path, extract):
+    path = tmp_path / "p.csv"
+    path.write_text(f"prompt,chosen,rejected\nq,a,b\n{cells}\n")
+    extract(path)
+    [row] = rows_of(tmp_path / "run/dropped.jsonl")
+    assert row == {"where": f"{path}:3", "reason": says, "row": cells.split(",")}
+    assert [row["prompt"] for row in extracted(tmp_path / "run")] == ["q"]
+
+
+@pytest.mark.parametrize("text, says", [
+    ("prompt,chosen,chosen\nq,a,b\n", "two columns of one name .* rename one"),
+    ('prompt,chosen,rejected\nq,a,"b\nr,c,d\n', "a quote is never closed.* · .*p.csv:3 · "),
+    ('prompt,chosen,rejected\nq,"a" so,b\n', "expected after .* · .*p.csv:2 · "),
+])
+def test_a_table_that_could_be_read_in_two_ways_is_refused(text, says, tmp_path):
+    with pytest.raises(UserError, match=says):
+        read(tmp_path / "p.csv", text)
+
+
 # ---------------------------------------------------------------- rows that cannot be used
 
 UNUSABLE = [        # a line of a JSONL file, what the reason says
     (r'{"prompt": "z", "chosen": "\ud800", "rejected": "c"}', "half of a UTF-16 pair"),
-    (r'{"prompt": "", "chosen": "\ud800", "rejected": "c"}', "half of a UTF-16 pair"),
+    (r'{"prompt": "", "chosen": "\ud800", "rejected": "c"}', "empty or non-text prompt"),
     ('{"prompt": "z", "chosen": " ", "rejected": "c"}', "empty or non-text response"),
     ('{"prompt": "z", "chosen": null, "rejected": "c"}', "empty or non-text response"),
-    ('{"prompt": 5, "chosen": "b", "rejected": "c"}', "empty or non-text prompt"),
+    ('{"prompt": 5, "chosen": "b", "rejected": "c"}', "the prompt is no text but int"),
     ('{"prompt": null, "chosen": "Yes, we do.", "rejected": "Yes, we don\'t."}', "non-text prompt"),
     ('{"prompt": "", "chosen": "a b", "rejected": "a c"}', "empty or non-text prompt"),
     ('{"prompt": [{"role": "user"}], "chosen": "b", "rejected": "c"}', "without role and content"),

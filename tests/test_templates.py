@@ -21,7 +21,7 @@ from tiny import save_rows, succeed
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from parts.chat import PLAIN_TEMPLATE, prompt_ids, render, takes_system_turn
+from parts.chat import PLAIN_TEMPLATE, Unreadable, prompt_ids, render, takes_system_turn
 from parts.files import UserError
 from parts.rows import usable_pairs
 from tools.self_check import self_check
@@ -356,17 +356,18 @@ def test_control_tokens_typed_into_a_prompt_to_sample_from_do_not_act(family):
         assert found == harmless, typed
 
 
-@pytest.mark.parametrize("prompt, response", [
-    ("q", None),
-    ("q", [assistant("a")]),
-    (5, "a"),
-    ([{}], "a"),
-    ([], "a"),
-    (user("q"), "a"),
+@pytest.mark.parametrize("prompt, response, says", [
+    ("q", None, "the response is no text but NoneType"),
+    ("q", [assistant("a")], "the response is no text but list"),
+    ("q", "a \ud83d", "half of a UTF-16 pair in the response"),
+    (5, "a", "the prompt is no text but int"),
+    ([{}], "a", "prompt messages without role and content"),
+    ([], "a", "prompt messages without role and content"),
+    (user("q"), "a", "the prompt is no text but dict"),
+    ([user("q \udfff")], "a", "half of a UTF-16 pair in the prompt"),
 ])
-def test_what_is_no_text_is_named_and_not_scored(prompt, response):
-    kinds = f"{type(prompt).__name__} and {type(response).__name__}"
-    with pytest.raises(TypeError, match=kinds):
+def test_what_is_no_text_is_named_and_not_scored(prompt, response, says):
+    with pytest.raises(Unreadable, match=says):
         render(tiny.make_tokenizer(), prompt, response)
 
 
@@ -430,7 +431,8 @@ def test_whole_turns_are_cut_before_words_and_the_system_turn_stays():
     tokenizer = tiny.make_tokenizer()
     whole = render(tokenizer, [BRIEF, *LONG], "Blue.")
     cut = render(tokenizer, [BRIEF, *LONG], "Blue.", len(whole.ids) - 1)
-    assert cut == render(tokenizer, [BRIEF, LONG[2]], "Blue.")
+    assert cut.ids == render(tokenizer, [BRIEF, LONG[2]], "Blue.").ids
+    assert cut.notes == ("the prompt loses its beginning: longer than --max-length",)
 
 
 # ---------------------------------------------------------------- dates, and several templates
