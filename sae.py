@@ -308,13 +308,19 @@ def only_weights_in(folder):
 
 
 def may_be_an_sae(path):
-    """Is there an encoder in this file? Firing rates, optimizers, trainers' states hold none."""
+    """Is there an encoder in this file? Firing rates, optimizers, trainers' states hold none.
+
+    Only names are looked at, no tensor is read for it.
+    """
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:     # reads no tensor
+            with safe_open(path, "pt") as file:
                 names = list(file.keys())
+        elif path.suffix == ".npz":
+            with zipfile.ZipFile(path) as archive:
+                names = [name.removesuffix(".npy") for name in archive.namelist()]
         else:
-            names = list(read_tensors(path)[0])
+            names = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
     except Exception:   # a damaged file may be the SAE; a pickle of more than tensors is none
         return path.suffix not in PICKLES
     return any(name in names for name in ENCODERS)
@@ -532,10 +538,11 @@ def refuse_other_kinds(c):
 
 # Names are compared in small letters, with "_" for all other signs: model_layers_12_output.
 # A block's output is called one of these; what goes into a block is the output of the one below.
-MODULES = r"(?:(?:base_model|language_model|text_model|model|transformer|decoder|gpt_neox)_)*"
+MODULES = (r"(?:(?:base_model|language_model|text_model|model|transformer|decoder|backbone"
+           r"|gpt_neox)_)*")
 BLOCK = r"(?:layers?|blocks?|h)_?\d+"
 OUTPUT = (rf"{MODULES}{BLOCK}(?:_output|_hook_out|_(?:hook_)?resid_post)?"
-          rf"|(?:hook_)?resid_(?:post|out)(?:_all)?(?:_{BLOCK})?|l\d+r?")
+          rf"|(?:hook_)?resid_(?:post|out)(?:_all)?(?:_(?:{BLOCK}|\d+))?|l\d+r?")
 INPUT = (rf"{MODULES}{BLOCK}(?:_input|_hook_in|_(?:hook_)?resid_pre)"
          rf"|(?:hook_)?resid_pre(?:_{BLOCK})?")
 # the same within a path; L15R is Llama Scope's, …-SAE-l19.pth Goodfire's
