@@ -715,6 +715,7 @@ HUB_LAYER = CACHE + "layer_3/" + SIZES
     ("resid_pre_layer_8/trainer_0/ae.pt", 7),
     ("resid_post/layer_5_width_16k_l0_small/ae.pt", 5),
     ("L4R/ae.pt", 4),
+    ("x/DeepSeek-R1-Distill-Llama-8B-SAE-l19.pt", 19),
     ("gpt_neox.layers.6/ae.pt", 6),
     ("blocks.8.hook_resid_pre/ae.pt", 7),
     (HUB_LAYER.format("gemma-scope-2b-pt-res"), 3),
