@@ -1,4 +1,4 @@
-"""Sparse autoencoders of a residual stream: every published layout, read into one form.
+"""Sparse autoencoders of a residual stream: the published layouts, read into one form.
 
     pre  = (z - b_in) @ W_enc + b_enc      z [.., d_model]: the residual stream after block L
     f    = activation(pre)                 [.., d_sae] >= 0, mostly 0; a latent "fires" where f > 0
@@ -197,7 +197,15 @@ def is_base_model(name):
 
 # ---------------------------------------------------------------- opening a checkpoint
 
+NORMS = ("none", "constant_norm_rescale", "layer_norm")
+BOOL = (True, False)
+DICTIONARIES = ("AutoEncoder", "AutoEncoderNew", "GatedAutoEncoder", "JumpReluAutoEncoder",
+                "AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE",
+                "MatroyshkaBatchTopKSAE")       # once misspelled
 TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "b_in", "threshold", "b_gate", "b_mag", "r_mag")
+ENCODERS = ("W_enc", "w_enc", "W_E", "encoder.weight", "encoder_linear.weight")
+PICKLES = (".pt", ".pth", ".bin")
+WEIGHTS = ("*.safetensors", "*.npz", "*.pt", "*.pth", "*.bin")
 
 
 @dataclass
@@ -207,27 +215,36 @@ class Checkpoint:
     tensors: dict
     config: dict            # of the JSON file beside the weights; {} where there is none
     own: dict               # the metadata of our own layout; {} in all others
+    repository: str         # of the hub; "" where it came from a folder
     k: int = None           # of the caller, for a TopK SAE whose files do not hold it
 
     def has(self, *names):
         """Are there tensors of all these names?"""
         return set(names) <= set(self.tensors)
 
+    @property
+    def settings(self):
+        """The configuration as one dict.
+
+        SAELens keeps a part of it in `metadata`, dictionary_learning in `trainer` and `buffer`.
+        """
+        inner = {}
+        for part in ("metadata", "trainer", "buffer"):
+            inner |= self.config.get(part) or {}
+        return inner | self.config
+
 
 def load_sae(path, dtype=torch.float32, device="cpu", k=None, revision=None):
     """Any layout of READERS below → SAE. Errors: SAEError.
 
     path: file, folder or hub:REPO[:SUBFOLDER]. Nothing in a checkpoint is run: no pickle is opened
-    but a third party's .pt, and that with weights_only=True.
+    but a third party's .pt, .pth or .bin, and that with weights_only=True.
     """
-    weights, config = find_checkpoint(path, revision)
+    weights, config, repository = find_checkpoint(path, revision)
     tensors, own = read_tensors(weights)
-    checkpoint = Checkpoint(weights, tensors, config, own, k)
-    layout = layout_of(checkpoint)
-    sae = read_layout(checkpoint, layout)
+    sae = read_checkpoint(Checkpoint(weights, tensors, config, own, repository, k))
     check_shapes(sae, weights)
 
-    sae.info.setdefault("layout", layout)
     sae.info.update(file=weights.name, weights=str(weights))
     tensors.clear()     # so that the loop frees each as soon as it is converted: never two of all
     for name in TENSORS:
@@ -236,41 +253,51 @@ def load_sae(path, dtype=torch.float32, device="cpu", k=None, revision=None):
     return sae
 
 
-def read_layout(checkpoint, layout):
-    """The reader of a layout; what it trips over becomes one line."""
-    where = f"{checkpoint.path} ({layout})"
+def read_checkpoint(c):
+    """A Checkpoint → SAE by the reader of its layout; what it trips over becomes one line."""
+    layout = "layout not known"
     try:
-        return READERS[layout](checkpoint)
+        layout = layout_of(c)
+        sae = READERS[layout](c)
+        if layout != "sparserm":    # ours says all of it in the weights
+            sae.info["hook"], sae.info["layer"] = site_of(c)
     except KeyError as error:
-        raise SAEError(f"tensor or setting {error} is missing · {where} · "
+        raise SAEError(f"tensor or setting {error} is missing · {c.path} ({layout}) · "
                        "the checkpoint is not complete") from None
     except SAEError:
         raise
     except (TypeError, ValueError, AttributeError, IndexError, RuntimeError,
             ArithmeticError) as error:
-        raise SAEError(f"the configuration or a tensor is malformed ({error}) · {where} · "
-                       "fetch the file again") from None
+        raise SAEError(f"the configuration or a tensor is malformed ({error}) · "
+                       f"{c.path} ({layout}) · fetch the file again") from None
+    sae.info.setdefault("layout", layout)
+    return sae
 
 
 def find_checkpoint(path, revision=None):
-    """→ (weights file, config dict)."""
+    """→ (weights file, config dict, repository of the hub or "")."""
     text = str(path)
+    repository = ""
     if text.startswith("hub:") or (":" in text and not Path(text).exists()):
-        text = fetch(text.removeprefix("hub:"), revision)
+        name = text.removeprefix("hub:")
+        repository = name.partition(":")[0]
+        text = fetch(name, revision)
     path = Path(text)
     if not path.exists():
         raise SAEError(f"file not found · {path} · "
                        "name an SAE file or folder, or hub:REPO[:SUBFOLDER]")
     if path.is_dir():
         path = only_weights_in(path)
-    return path, config_beside(path)
+    return path, config_beside(path), repository
 
 
 def only_weights_in(folder):
-    """The one weights file of a folder."""
+    """The one SAE of a folder. Of several files it is the one that holds an encoder."""
     found = []
-    for pattern in ("*.safetensors", "checkpoints/*.safetensors", "*.npz", "*.pt"):
-        found += sorted(folder.glob(pattern))
+    for ending in (*WEIGHTS, "checkpoints/*.safetensors"):
+        found += sorted(folder.glob(ending))
+    if len(found) > 1:
+        found = [path for path in found if may_be_an_sae(path)]
     if len(found) != 1:
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         names = ", ".join(str(path.relative_to(folder)) for path in files[:12]) or "nothing"
@@ -278,6 +305,25 @@ def only_weights_in(folder):
         raise SAEError(f"{what} in this folder · {folder} holds {names} · "
                        "name one file or subfolder")
     return found[0]
+
+
+def may_be_an_sae(path):
+    """Is there an encoder in this file? Firing rates, optimizers, trainers' states hold none.
+
+    Only names are looked at, no tensor is read for it.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                names = list(file.keys())
+        elif path.suffix == ".npz":
+            with zipfile.ZipFile(path) as archive:
+                names = [name.removesuffix(".npy") for name in archive.namelist()]
+        else:
+            names = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    except Exception:   # a damaged file may be the SAE; a pickle of more than tensors is none
+        return path.suffix not in PICKLES
+    return any(name in names for name in ENCODERS)
 
 
 def config_beside(weights):
@@ -320,9 +366,13 @@ def hub_is_silent():
 
 def fetch(name, revision=None):
     """REPO[:SUBFOLDER or file] of the hub → local path; nothing outside of it is fetched."""
-    from huggingface_hub import snapshot_download
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise SAEError(f"the package huggingface_hub is missing · {name} · "
+                       "pip install huggingface_hub, or pass a local folder") from None
     repo, _, inside = name.partition(":")
-    patterns = ["*.json", "*.safetensors", "*.npz", "*.pt"]
+    patterns = ["*.json", *WEIGHTS]
     if inside:
         folder = inside.rpartition("/")[0]          # a named file needs the configuration beside it
         beside = f"{folder}/*.json" if folder else "*.json"
@@ -420,9 +470,11 @@ def layout_of(c):
     It is told by the tensors, never by a folder's name.
     """
     if c.own.get("stage"):
+        refuse_other_stages(c)
         return "sparserm"
-    refuse_other_sites(c)
-    is_pt = c.path.suffix == ".pt"
+    refuse_other_kinds(c)
+    is_pickle = c.path.suffix in PICKLES
+    is_openmoss = {"act_fn", "norm_activation", "jump_relu_threshold"} & set(c.settings)
     four = c.has("W_enc", "b_enc", "W_dec", "b_dec")
     two_layers = c.has("encoder.weight", "encoder.bias")
 
@@ -433,20 +485,24 @@ def layout_of(c):
     if two_layers and c.has("W_dec", "b_dec"):
         return "sparsify"
     if two_layers and c.has("decoder.weight", "decoder.bias"):
-        return "Llama Scope"
+        is_dictionary = "dict_class" in c.settings or (is_pickle and not is_openmoss)
+        return "dictionary_learning new" if is_dictionary else "Llama Scope"
     if c.has("W_E", "b_E", "W_D", "b_D"):
         return "OpenMOSS"
     if two_layers and c.has("decoder.weight", "bias"):
         return "dictionary_learning"
-    if two_layers and c.has("decoder.weight", "b_dec", "k"):
+    if two_layers and c.has("decoder.weight", "b_dec"):
         return "dictionary_learning TopK"
     if c.has("encoder.weight", "decoder.weight", "decoder_bias", "gate_bias", "mag_bias", "r_mag"):
         return "dictionary_learning gated"
-    if four and c.has("k", "group_sizes"):
+    if four and c.has("k"):
         return "dictionary_learning Matryoshka"
-    if four and is_pt and c.has("threshold") and not c.has("k"):
+    if four and is_pickle and c.has("threshold"):
         return "dictionary_learning JumpReLU"
-    if four and is_pt:
+    if c.has("encoder_linear.weight", "encoder_linear.bias",
+             "decoder_linear.weight", "decoder_linear.bias"):
+        return "Goodfire"
+    if four and is_pickle:
         return "Qwen-Scope"
     if c.has("W_enc", "W_dec", "b_dec"):
         return "SAELens"
@@ -454,36 +510,160 @@ def layout_of(c):
     raise SAEError(f"unknown layout · {c.path} holds {holds} · known: {', '.join(READERS)}")
 
 
-def refuse_other_sites(c):
-    """Refuse what is no SAE of a block's output: transcoders, SAEs of the MLP, of attention …"""
-    names = {"W_skip", "affine_skip_connection", "W_gate_enc", "encoder_glu.weight"}
-    other_tensors = names & set(c.tensors)
-    flags = ("transcode", "skip_connection", "use_glu_encoder", "affine_skip_connection")
-    other = sorted(other_tensors | {flag for flag in flags if c.config.get(flag) is True})
-    if other:
-        what = "a transcoder, a skip connection or a GLU encoder, not an SAE of one activation"
-        raise refused(f"{', '.join(other)} means {what}", c.path, "choose a residual-stream SAE")
+def refuse_other_stages(c):
+    """Of the files that this project writes only one kind is an SAE."""
+    stages = {"extract": "the hidden states of stage 1", "select": "the features of stage 2",
+              "head": "a reward head of stage 3"}
+    stage = str(c.own["stage"])
+    if stage != "sae":
+        made_with = c.own.get("sae")
+        advice = f"; it was made with {made_with}" if made_with else ""
+        raise SAEError(f"this is {stages.get(stage, f'a file of stage {stage}')}, not an SAE · "
+                       f"{c.path} · pass the SAE itself, as --sae of 02_select_features.py{advice}")
 
-    other_site = r"mlp|attn|attention|hook_z|\.q\b|\.k\b|\.v\b|hook_resid_(pre|mid)"
-    elsewhere = [hook for hook in hooks_of(c) if re.search(other_site, hook)]
-    for side in ("hook_point", "hf_hook_point"):
-        into, out_of = c.config.get(f"{side}_in"), c.config.get(f"{side}_out")
-        if into and out_of and into != out_of:
-            elsewhere.append(into)
-    if elsewhere:
-        raise refused(f"trained on {elsewhere[0]}, not on a block's output", c.path,
-                      "choose a residual-stream (resid_post) SAE")
+
+def refuse_other_kinds(c):
+    """Refuse what is no SAE of one activation: transcoders, skip connections, GLU encoders …"""
+    names = {"W_skip", "affine_skip_connection", "W_gate_enc", "encoder_glu.weight", "W_E_glu"}
+    found = sorted(names & set(c.tensors))
+    if found:
+        what = "a transcoder, a skip connection or a GLU encoder, not an SAE of one activation"
+        raise refused(f"{', '.join(found)} means {what}", c.path, CHOOSE)
+    check_settings(c, transcode=(False,), is_transcoder=(False,), skip_connection=(False,),
+                   affine_connection=(False,), affine_skip_connection=(False,),
+                   use_glu_encoder=(False,), dict_class=DICTIONARIES, io=("out",))
+
+
+# ---------------------------------------------------------------- where was it trained
+
+# Names are compared in small letters, with "_" for all other signs: model_layers_12_output.
+# A block's output is called one of these; what goes into a block is the output of the one below.
+MODULES = (r"(?:(?:base_model|language_model|text_model|model|transformer|decoder|backbone"
+           r"|gpt_neox)_)*")
+BLOCK = r"(?:layers?|blocks?|h)_?\d+"
+OUTPUT = (rf"{MODULES}{BLOCK}(?:_output|_hook_out|_(?:hook_)?resid_post)?"
+          rf"|(?:hook_)?resid_(?:post|out)(?:_all)?(?:_(?:{BLOCK}|\d+))?|l\d+r?")
+INPUT = (rf"{MODULES}{BLOCK}(?:_input|_hook_in|_(?:hook_)?resid_pre)"
+         rf"|(?:hook_)?resid_pre(?:_{BLOCK})?")
+# the same within a path; L15R is Llama Scope's, …-SAE-l19.pth Goodfire's
+IN_PATH = (rf"(?:^|_)((?:resid_(?:post|out|pre)_(?:all_)?)?{BLOCK}(?:_hook_resid_pre)?"
+           r"|l\d+r|(?<=sae_)l\d+(?=$))(?=_|$)")
+
+# How files, folders and repositories are called after other sites; sizes may follow: mlp_out,
+# gemma-scope-2b-pt-mlp, mlp_out_layer3, Llama3_1-8B-Base-L15M-8x.
+OTHER_SITES = {
+    "a transcoder's input": r"\w*transcoders?|crosscoders?|clt|lorsa|l(?:x|\d+)tc",
+    "attention": r"att|attn|attn_out|attention|hook_z|[qkvo]_proj|l(?:x|\d+)a",
+    "the MLP": r"mlp|mlp_out|ffn|feed_?forward|l(?:x|\d+)m",
+    "a norm": r"\w*layernorm|(?:model|final)_norm|ln_?(?:\d|f|final)|hook_normalized",
+    "the middle of a block": r"resid_mid",
+    "the embedding": r"embed|embeddings?|embed_tokens|embed_in|wte",
+}
+SIZE = (r"(?:all|width|average|l0|trainer|checkpoints?|seed|final|canonical|small|medium|big|large"
+        r"|v\d+|\d[a-z\d]*)")
+AFTER_SITE = rf"(?:_(?:{SIZE}|in|out|input|output|saes?|(?:layers?|blocks?)\d*))*"
+# of a user's folders only those count that are called as published ones are: resid_post, mlp_out,
+# or with a model's size, Llama3_1-8B-Base-LXM-8x
+PUBLISHED = (r"^(?:resid|mlp|attn)_(?:pre|mid|post|out)(?:_all)?$|^\w*coders?(?:_all)?$"
+             r"|(?:^|_)(?:\d+[bm]|gpt2|scope)(?:_|$)")
+
+CHOOSE = "choose a residual-stream (resid_post) SAE"
+
+
+def plain(name):
+    """In small letters, with "_" for all other signs."""
+    return re.sub(r"[^a-z0-9]+", "_", str(name).lower()).strip("_")
+
+
+def site_of(c):
+    """Where it was trained → (name, layer), each None where nothing says it.
+
+    Refuses what any name of configuration, file, folder or repository says is not the output of
+    a block. The layer is the configuration's, where it says one.
+    """
+    stated = c.settings.get("hook_layer", c.settings.get("layer"))
+    stated = stated if type(stated) is int else None
+
+    layers = {}                     # name → layer
+    for name in hooks_of(c):
+        layers[name] = layer_of(name, stated, c.path)
+    if len(set(layers.values()) - {None}) > 1:
+        raise refused(f"trained from {' to '.join(layers)}, not on one block's output", c.path,
+                      CHOOSE)
+
+    path = path_names(c)
+    for name in path:
+        refuse_other_site(name, c.path)
+    if layers:
+        name = next(iter(layers))
+        return name, layers[name]
+    name = last_match(IN_PATH, "_".join(plain(name) for name in path))
+    if name:
+        return name, layer_of(name, stated, c.path)
+    return None, stated
 
 
 def hooks_of(c):
-    """Where it was trained, by every name that configuration and folder give to it."""
-    names = ("hook_name", "hook_point", "hook_point_in", "hf_hook_point_in", "hook_point_out",
-             "hf_hook_point_out", "submodule_name")
+    """The names that the configuration gives to where it was trained."""
+    names = ("hook_name", "hook_point", "hook_point_in", "hf_hook_point_in", "hook_name_out",
+             "hook_point_out", "hf_hook_point_out", "submodule_name", "act_name", "site")
     hooks = []
     for config in (c.config, c.config.get("metadata"), c.config.get("trainer")):
-        if isinstance(config, dict):
-            hooks += [str(config[name]) for name in names if config.get(name)]
-    return hooks + re.findall(r"layers\.\d+\.[a-z_.]+", c.path.parent.name)
+        hooks += [str(config[name]) for name in names if config and config.get(name)]
+    return hooks
+
+
+def layer_of(name, stated, path):
+    """The layer whose output a name means; `stated` where the name has no number. Or refused."""
+    place = plain(name)
+    goes_in = re.fullmatch(INPUT, place)
+    number = re.search(r"\d+", place)
+    layer = int(number[0]) if number else stated
+    if not goes_in and not re.fullmatch(OUTPUT, place):
+        raise refused(f"trained on {name}, not on a block's output", path, CHOOSE)
+    if not goes_in or layer is None:
+        return layer
+    if layer == 0:
+        raise refused(f"trained on {name}, the embedding", path, CHOOSE)
+    return layer - 1
+
+
+def path_names(c):
+    """The names in a path that the publisher gave, outermost first; the rest are the user's.
+
+    From the hub: from the repository on. Elsewhere: the file, the folder that it is in (past
+    folders of sizes: width_16k, trainer_0), and as many folders above as are PUBLISHED. So
+    /home/me/attention-study/layers.3 says nothing of attention.
+    """
+    *folders, file = Path(os.path.abspath(c.path)).parts
+    for depth, folder in enumerate(folders):
+        if folder.startswith("models--"):               # the cache of the hub
+            return [*folders[depth:], Path(file).stem]
+
+    names = [Path(file).stem]
+    while folders and re.fullmatch(rf"{SIZE}(?:_{SIZE})*", plain(folders[-1])):
+        names.insert(0, folders.pop())
+    if folders:
+        names.insert(0, folders.pop())
+    while folders and re.search(PUBLISHED, plain(folders[-1])):
+        names.insert(0, folders.pop())
+    if c.repository:
+        names.insert(0, "models--" + c.repository.replace("/", "--"))
+    return names
+
+
+def refuse_other_site(name, path):
+    """Refuse a file, folder or repository that is called after anything but a block's output."""
+    for module in re.findall(r"(?:\w+\.)*(?:layers|blocks|h)\.\d+\.[A-Za-z]\w*[\w.]*", name):
+        layer_of(module.removesuffix(".sae"), None, path)           # layers.5.mlp, h.5.attn
+
+    words = plain(name.split("--")[-1])
+    # a repository says it anywhere, a folder, which a user may have named, at its end
+    after = r"(?!_only)(?:_|$)" if name.startswith("models--") else rf"{AFTER_SITE}$"
+    for site, called in OTHER_SITES.items():
+        if re.search(rf"(?:^|_)(?:{called}){after}", words):
+            what = f"trained on {site} by its name {name}, not on a block's output"
+            raise refused(what, path, CHOOSE)
 
 
 # ---------------------------------------------------------------- what the readers share
@@ -499,10 +679,17 @@ def last_match(pattern, text):
     return found[-1] if found else None
 
 
-def hook_layer(name):
-    """blocks.12.hook_resid_post, model.layers.12.output, layers.12 … → 12, or None."""
-    found = re.search(r"(?:blocks|layers|layer|h|L)[._]?(\d+)", str(name))
-    return int(found[1]) if found else None
+def check_settings(c, **known):
+    """Refuse a setting that changes the equation, where its value is none of those in `known`.
+
+    Of the right type too: "false" and 0 are not False. One that is missing or null has its default.
+    """
+    for name, values in known.items():
+        value = c.settings.get(name)
+        if value is not None and (type(value), value) not in [(type(v), v) for v in values]:
+            read = ", ".join(json.dumps(v) for v in values)
+            what = f"the equation with {name} {json.dumps(value)} is not known here"
+            raise refused(what, c.path, f"known: {read}")
 
 
 def per_latent(value, like):
@@ -577,12 +764,11 @@ def read_gemma_scope(c):
 
     Layer and L0 stand in the path or the config.
     """
+    check_settings(c, architecture=("jump_relu", "jumprelu"), type=("sae",))
     t = c.tensors
     W_enc, W_dec = (t["W_enc"], t["W_dec"]) if c.has("W_enc") else (t["w_enc"], t["w_dec"])
-    hook = c.config.get("hf_hook_point_in") or last_match(r"layer_\d+", c.path)
     l0 = c.config.get("l0") or last_match(r"l0_(\d+)", c.path.parent)
-    info = {"model": c.config.get("model_name"), "hook": hook, "layer": hook_layer(hook),
-            "l0": l0 and float(l0)}
+    info = {"model": c.config.get("model_name"), "l0": l0 and float(l0)}
     return SAE(
         W_enc=W_enc,
         b_enc=t["b_enc"],
@@ -596,21 +782,18 @@ def read_gemma_scope(c):
 
 def read_sparsify(c):
     """EleutherAI sparsify: the folder is named after the hook point."""
+    # signed: older versions could keep the largest |pre|, negative ones too
+    check_settings(c, activation=("topk", "groupmax"), signed=(False,))
     t = c.tensors
-    activation = c.config.get("activation", "topk")
-    if activation not in ("topk", "groupmax"):
-        raise refused(f"activation {activation}", c.path, "topk and groupmax are read")
-    hook = c.path.parent.name
-    info = {"hook": hook, "layer": hook_layer(hook), "model": c.config.get("model")}
     return SAE(
         W_enc=t["encoder.weight"].T,
         b_enc=t["encoder.bias"],
         W_dec=t["W_dec"],
         b_dec=t["b_dec"],
         b_in=t["b_dec"],
-        activation=activation,
+        activation=c.config.get("activation") or "topk",
         k=int(c.k or c.config["k"]),
-        info=info)
+        info={"model": c.config.get("model")})
 
 
 def read_saelens(c):
@@ -618,15 +801,20 @@ def read_saelens(c):
     if not c.config:
         raise SAEError(f"cfg.json is missing · beside {c.path} · "
                        "it decides the activation and the scale; fetch the whole folder")
-    t = c.tensors
-    config = {**c.config.get("metadata", {}), **c.config}  # v6 keeps some of it in metadata
+    check_settings(c, architecture=("standard", "topk", "jumprelu", "gated"),
+                   normalize_activations=(*NORMS, "expected_average_only_in", True, False),
+                   apply_b_dec_to_input=BOOL, rescale_acts_by_decoder_norm=BOOL,
+                   finetuning_scaling_factor=BOOL, reshape_activations=("none",))
     check_saelens_scaling(c)
-    kind = saelens_kind(c, config)
-    norm = saelens_norm(c)
-    hook = config.get("hook_name") or config.get("hook_point")
-    info = {"model": config.get("model_name"), "hook": hook, "layer": hook_layer(hook),
-            "neuronpedia": config.get("neuronpedia_id")}
-    b_in = t["b_dec"] if config.get("apply_b_dec_to_input", True) else torch.zeros_like(t["b_dec"])
+    t = c.tensors
+    config = c.settings
+    kind = saelens_kind(c)
+    norm = config.get("normalize_activations") or "none"
+    if norm is True:                                                # v3 had a bool
+        norm = "expected_average_only_in"
+    info = {"model": config.get("model_name"), "neuronpedia": config.get("neuronpedia_id")}
+    subtracts = config.get("apply_b_dec_to_input") is not False
+    b_in = t["b_dec"] if subtracts else torch.zeros_like(t["b_dec"])
     b_enc = torch.zeros(t["W_enc"].shape[-1:]) if kind == "gated" else t["b_enc"]
     sae = SAE(t["W_enc"], b_enc, t["W_dec"], t["b_dec"], b_in, kind, norm=norm, info=info)
 
@@ -644,32 +832,15 @@ def read_saelens(c):
     return sae
 
 
-def saelens_kind(c, config):
-    """→ relu, topk, jumprelu or gated."""
-    kind = config.get("architecture", "standard")
-    if kind not in ("standard", "topk", "jumprelu", "gated"):
-        raise refused(f"architecture {kind}", c.path, "standard, topk, jumprelu and gated are read")
+def saelens_kind(c):
+    """→ relu, topk, jumprelu or gated. Before v6 a standard one could have another activation."""
+    kind = c.settings.get("architecture") or "standard"
+    activations = ("relu", "topk") if kind in ("standard", "topk") else ("relu",)
+    check_settings(c, activation_fn_str=activations, activation_fn=activations)
     if kind != "standard":
         return kind
-
-    named = []                      # the activation has two names, of which the first counts
-    for name in ("activation_fn_str", "activation_fn"):
-        activation = config.get(name) or "relu"
-        if activation not in ("relu", "topk"):
-            raise refused(f"{name} {activation}", c.path, "relu and topk are read")
-        if config.get(name):
-            named.append(activation)
-    return named[0] if named else "relu"
-
-
-def saelens_norm(c):
-    """normalize_activations → what SAE.norm calls it, or expected_average_only_in (is folded)."""
-    norm = c.config.get("normalize_activations") or "none"
-    if norm is True:                                                # v3 had a bool
-        norm = "expected_average_only_in"
-    if norm not in ("none", "expected_average_only_in", "constant_norm_rescale", "layer_norm"):
-        raise refused(f"normalize_activations {norm}", c.path, "its meaning is not known here")
-    return norm
+    # it has two names, of which the first counts
+    return c.settings.get("activation_fn_str") or c.settings.get("activation_fn") or "relu"
 
 
 def check_saelens_scaling(c):
@@ -693,14 +864,12 @@ def fold_saelens_scale(sae, config, path):
 
 def read_openmoss(c):
     """Llama Scope and newer, trained on √d / (mean norm) · z; the gate may use decoder norms."""
+    check_settings(c, sae_type=("sae",), act_fn=("relu", "topk", "jumprelu"),
+                   norm_activation=("dataset-wise", "inference", "token-wise"),
+                   apply_decoder_bias_to_pre_encoder=BOOL, sparsity_include_decoder_norm=BOOL)
     t, config = c.tensors, c.config
-    activation = config.get("act_fn", "jumprelu")
-    if activation not in ("relu", "topk", "jumprelu"):
-        raise refused(f"act_fn {activation}", c.path, "relu, topk and jumprelu are read")
-    norm = config.get("norm_activation", "dataset-wise")
-    if norm not in ("dataset-wise", "inference", "token-wise"):
-        advice = "dataset-wise, inference and token-wise are read"
-        raise refused(f"norm_activation {norm}", c.path, advice)
+    activation = config.get("act_fn") or "jumprelu"
+    norm = config.get("norm_activation") or "dataset-wise"
 
     if c.has("W_E"):
         W_enc, b_enc, W_dec, b_dec = t["W_E"], t["b_E"], t["W_D"], t["b_D"]
@@ -708,10 +877,9 @@ def read_openmoss(c):
         W_enc, b_enc = t["encoder.weight"].T, t["encoder.bias"]
         W_dec, b_dec = t["decoder.weight"].T, t["decoder.bias"]
     b_in = b_dec if config.get("apply_decoder_bias_to_pre_encoder") else torch.zeros_like(b_dec)
-    hook = config.get("hook_point_in") or config.get("hook_point") or ""
     model = config.get("model_name") or last_match(r"Llama3_1-8B-Base", c.path)
     per_token = "constant_norm_rescale" if norm == "token-wise" else "none"
-    info = {"hook": hook, "layer": hook_layer(hook), "model": model}
+    info = {"model": model}
     sae = SAE(W_enc, b_enc, W_dec, b_dec, b_in, activation, norm=per_token, info=info)
 
     mean_norm = openmoss_mean_norm(c) if norm == "dataset-wise" else None
@@ -761,15 +929,6 @@ def openmoss_threshold(c, b_enc, scale):
     return per_latent(c.config["jump_relu_threshold"] * scale, b_enc)
 
 
-def dictionary_learning_info(c):
-    """Model, layer and hook of a dictionary_learning checkpoint."""
-    trainer = c.config.get("trainer", {})
-    layer = trainer.get("layer")
-    return {"model": trainer.get("lm_name"),
-            "layer": layer if isinstance(layer, int) else hook_layer(layer),
-            "hook": trainer.get("submodule_name")}
-
-
 def read_dictionary_learning(c):
     """AutoEncoder: ReLU, one bias that is subtracted and added."""
     t = c.tensors
@@ -780,7 +939,23 @@ def read_dictionary_learning(c):
         b_dec=t["bias"],
         b_in=t["bias"],
         activation="relu",
-        info=dictionary_learning_info(c))
+        info={"model": c.settings.get("lm_name")})
+
+
+def read_dictionary_learning_new(c):
+    """AutoEncoderNew, of Anthropic's update of April 2024: ReLU, nothing subtracted."""
+    t = c.tensors
+    sae = SAE(
+        W_enc=t["encoder.weight"].T,
+        b_enc=t["encoder.bias"],
+        W_dec=t["decoder.weight"].T,
+        b_dec=t["decoder.bias"],
+        b_in=torch.zeros_like(t["decoder.bias"]),
+        activation="relu",
+        info={"model": c.settings.get("lm_name")})
+    if not c.config:
+        sae.info["warning"] = "no config: read as a ReLU SAE, from which nothing is subtracted"
+    return sae
 
 
 def read_dictionary_learning_gated(c):
@@ -797,7 +972,7 @@ def read_dictionary_learning_gated(c):
         b_gate=t["gate_bias"],
         b_mag=t["mag_bias"],
         r_mag=t["r_mag"],
-        info=dictionary_learning_info(c))
+        info={"model": c.settings.get("lm_name")})
 
 
 def read_dictionary_learning_topk(c):
@@ -810,11 +985,12 @@ def read_dictionary_learning_topk(c):
         W_enc, b_enc, W_dec = t["encoder.weight"].T, t["encoder.bias"], t["decoder.weight"].T
     else:
         W_enc, b_enc, W_dec = t["W_enc"], t["b_enc"], t["W_dec"]
-    info = dictionary_learning_info(c)
-    sae = SAE(W_enc, b_enc, W_dec, t["b_dec"], t["b_dec"], "topk", k=int(t["k"]), info=info)
+    k = int(t["k"] if "k" in t else c.k or c.settings["k"])         # older files do not hold it
+    info = {"model": c.settings.get("lm_name")}
+    sae = SAE(W_enc, b_enc, W_dec, t["b_dec"], t["b_dec"], "topk", k=k, info=info)
 
     threshold = float(t.get("threshold", -1.0))                     # below 0: never set
-    kind = c.config.get("trainer", {}).get("dict_class", "")
+    kind = c.settings.get("dict_class") or ""
     batch = "BatchTopK" in kind or c.has("group_sizes")
     if batch and threshold < 0:
         sae.info["warning"] = ("the threshold of this BatchTopK SAE was never set: "
@@ -838,7 +1014,7 @@ def read_dictionary_learning_jumprelu(c):
         b_in=torch.zeros_like(t["b_dec"]),
         activation="jumprelu",
         threshold=per_latent(t["threshold"], t["b_enc"]),
-        info=dictionary_learning_info(c))
+        info={"model": c.settings.get("lm_name")})
 
 
 def read_qwen_scope(c):
@@ -857,7 +1033,20 @@ def read_qwen_scope(c):
         b_in=torch.zeros_like(t["b_dec"]),
         activation="topk",
         k=int(k),
-        info={"layer": hook_layer(c.path.name), "model": model})
+        info={"model": model})
+
+
+def read_goodfire(c):
+    """Goodfire: ReLU, nothing subtracted; model and layer stand in the name of the file."""
+    t = c.tensors
+    return SAE(
+        W_enc=t["encoder_linear.weight"].T,
+        b_enc=t["encoder_linear.bias"],
+        W_dec=t["decoder_linear.weight"].T,
+        b_dec=t["decoder_linear.bias"],
+        b_in=torch.zeros_like(t["decoder_linear.bias"]),
+        activation="relu",
+        info={"model": last_match(r"(.+)-SAE-l\d+", c.path.name)})
 
 
 READERS = {
@@ -868,11 +1057,13 @@ READERS = {
     "Llama Scope": read_openmoss,
     "OpenMOSS": read_openmoss,
     "dictionary_learning": read_dictionary_learning,
+    "dictionary_learning new": read_dictionary_learning_new,
     "dictionary_learning TopK": read_dictionary_learning_topk,
     "dictionary_learning Matryoshka": read_dictionary_learning_topk,
     "dictionary_learning gated": read_dictionary_learning_gated,
     "dictionary_learning JumpReLU": read_dictionary_learning_jumprelu,
     "Qwen-Scope": read_qwen_scope,
+    "Goodfire": read_goodfire,
     "sparserm": read_own,
 }
 
@@ -881,7 +1072,6 @@ READERS = {
 
 NEEDS = {"relu": (), "topk": (), "groupmax": (), "jumprelu": ("threshold",),
          "gated": ("b_gate", "b_mag", "r_mag")}
-NORMS = ("none", "constant_norm_rescale", "layer_norm")
 
 
 def check_shapes(sae, path):
@@ -944,7 +1134,7 @@ def describe(sae):
         "layout": info.get("layout"),
         "model": info.get("model") or "not stated",
         "layer": info.get("layer"),
-        "hook": info.get("hook"),
+        "hook": info.get("hook") or "not stated",
         "width": f"{sae.d_model} → {sae.d_sae}",
         "activation": f"{sae.activation} {numbers}",
         "input": f"{subtracted}, per-token scaling {sae.norm}",
@@ -984,7 +1174,10 @@ def parse_args():
 def main():
     """`sae.py info`: what a checkpoint is and how it was read."""
     if len(sys.argv) > 1 and sys.argv[1] in MOVED:
-        raise SAEError(f"moved · python sae.py {sys.argv[1]} · use {MOVED[sys.argv[1]]}")
+        use = MOVED[sys.argv[1]]
+        if not Path(__file__).with_name("tools").is_dir():
+            use += " of the SparseRM project: sae.py alone only reads SAEs"
+        raise SAEError(f"moved · python sae.py {sys.argv[1]} · use {use}")
     args = parse_args()
     sae = load_sae(args.path, getattr(torch, args.sae_dtype), k=args.k_sae, revision=args.revision)
     print(describe(sae))
@@ -992,11 +1185,22 @@ def main():
         print(f"warning: {warning}")
 
 
-if __name__ == "__main__":
+def run():
+    """main(), where an error is one line and a reader that stops, like head, is none."""
     try:
-        main()
+        try:
+            main()
+        finally:
+            print(end="", flush=True)       # here, not when Python has ended
     except SAEError as error:
         if "--debug" in sys.argv:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:
+        # what is still to be printed goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    run()

@@ -103,7 +103,7 @@ BAD_NAMES = [
     (ONE + "pairs.jsonl --device nowhere --token content", "nowhere"),
     (ONE + "pairs.jsonl --model no/such", "no/such"),
     (ONE + "pairs.jsonl --pairs hub:no/such", "hub:no/such"),
-    (TWO + "run/features.safetensors", "unknown layout|missing"),
+    (TWO + "run/features.safetensors", "features of stage 2, not an SAE"),
     (ONE + "pairs.jsonl --max-length 99", "max_length 2048, this is max_length 99.*--overwrite"),
     (TWO + "sae.safetensors --layer 2", "layer 2 was not extracted"),
     (TWO + "sae.safetensors --token last", "token last was not extracted, only mean"),

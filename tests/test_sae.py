@@ -70,6 +70,7 @@ LAYOUTS = {
     "openmoss": (
         SAFE, "config.json", {"W_E": "W_enc", "b_E": "b_enc", "W_D": "W_dec", "b_D": "b_dec"}),
     "dl": (PT, "config.json", LINEAR | {"bias": "b_dec"}),
+    "dl new": (PT, "config.json", LINEAR | {"decoder.bias": "b_dec"}),
     "dl gated": (
         PT, "config.json",
         {"encoder.weight": "W_enc.T", "decoder.weight": "W_dec.T", "decoder_bias": "b_dec",
@@ -80,6 +81,10 @@ LAYOUTS = {
     "qwen": (
         f"SAE-Res-Qwen3-1.7B-Base-W32K-L0_{K}/layer12.sae.pt", None,
         SAME | {"W_enc": "W_enc.T", "W_dec": "W_dec.T"}),
+    "goodfire": (
+        "x/Gemma-9B-SAE-l12.pt", None,
+        {"encoder_linear.weight": "W_enc.T", "encoder_linear.bias": "b_enc",
+         "decoder_linear.weight": "W_dec.T", "decoder_linear.bias": "b_dec"}),
 }
 
 
@@ -102,10 +107,10 @@ def write(root, layout, config=None, extra=None, dtype=torch.float32, file=None)
 
     if path.suffix == ".npz":
         np.savez(path, **{name: np.asarray(tensor) for name, tensor in tensors.items()})
-    elif path.suffix == ".pt":
-        torch.save(tensors, path)
-    else:
+    elif path.suffix == ".safetensors":
         save_file(tensors, path)
+    else:
+        torch.save(tensors, path)
 
     folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     if config is not None:
@@ -296,8 +301,10 @@ FAMILIES = [
                   f"dataset_average_activation_norm.{POST}": torch.tensor(4.0)}),
 
     Family("dl AutoEncoder", "dl", dl("AutoEncoder"), relu),
+    Family("dl AutoEncoderNew", "dl new", dl("AutoEncoderNew"), relu, RAW),
     Family("dl Gated", "dl gated", dl("GatedAutoEncoder"), gated),
     Family("dl TopK", "dl topk", dl("AutoEncoderTopK"), topk, extra=scalars(0.6)),
+    Family("dl TopK, k in the config", "dl topk", dl("AutoEncoderTopK", k=K), topk),
     Family("dl BatchTopK", "dl topk", dl("BatchTopKSAE"), jumprelu_06, extra=scalars(0.6)),
     Family("dl BatchTopK, threshold never set", "dl topk", dl("BatchTopKSAE"), topk,
            extra=scalars(-1.0), warns=True),
@@ -305,9 +312,12 @@ FAMILIES = [
            extra=scalars(0.6, **NESTED)),
     Family("dl Matryoshka, threshold never set", "dl matryoshka", dl("MatryoshkaBatchTopKSAE"),
            topk, extra=scalars(-1.0, **NESTED), warns=True),
+    Family("dl Matryoshka, misspelled", "dl matryoshka", dl("MatroyshkaBatchTopKSAE"),
+           jumprelu_06, extra=scalars(0.6, **NESTED)),
     Family("dl JumpReLU", "dl jumprelu", dl("JumpReluAutoEncoder"), jumprelu, RAW),
 
     Family("dl AutoEncoder, no config", "dl", None, relu),
+    Family("dl AutoEncoderNew, no config", "dl new", None, relu, RAW, warns=True),
     Family("dl Gated, no config", "dl gated", None, gated),
     Family("dl BatchTopK, no config", "dl topk", None, jumprelu_06,
            extra=scalars(0.6), warns=True),
@@ -316,6 +326,7 @@ FAMILIES = [
     Family("dl JumpReLU, no config", "dl jumprelu", None, jumprelu, RAW),
 
     Family("Qwen-Scope", "qwen", None, topk, RAW),
+    Family("Goodfire", "goodfire", None, relu, RAW),
 ]
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 
@@ -544,6 +555,32 @@ REFUSED = [
     Refused("scaling_factor", "saelens", lens("standard"),
             {"scaling_factor": torch.full((M,), 2.0)}),
 
+    Refused('signed true', "sparsify", {"k": K, "signed": True}),
+    Refused("AutoEncoderReLU", "dl new", dl("AutoEncoderReLU")),
+    Refused("CrossCoder", "dl new", dl("CrossCoder")),
+    Refused("GradPursuitAutoEncoder", "dl", dl("GradPursuitAutoEncoder")),
+    Refused("IdentityDict", "dl topk", dl("IdentityDict"), scalars(0.6)),
+    Refused('io "in"', "dl", {**dl("AutoEncoder"), "buffer": {"io": "in"}}),
+    Refused("relu_squared", "gemma 2", {**GEMMA_2, "architecture": "relu_squared"}),
+    Refused('type "transcoder"', "gemma 2", {**GEMMA_2, "type": "transcoder"}),
+    Refused("crosscoder", "openmoss", moss(sae_type="crosscoder")),
+    Refused("hook_z", "saelens", lens("standard", reshape_activations="hook_z")),
+    Refused("gelu", "saelens jumprelu", lens("jumprelu", activation_fn_str="gelu")),
+    Refused('activation_fn "topk"', "saelens gated", lens("gated", activation_fn="topk")),
+
+    # a flag that is neither true nor false
+    Refused('transcode "true"', "sparsify", {"k": K, "transcode": "true"}),
+    Refused("skip_connection 1", "sparsify", {"k": K, "skip_connection": 1}),
+    Refused('signed "yes"', "sparsify", {"k": K, "signed": "yes"}),
+    Refused('apply_b_dec_to_input "false"', "saelens",
+            lens("standard", apply_b_dec_to_input="false")),
+    Refused("rescale_acts_by_decoder_norm 1", "saelens",
+            lens("topk", k=K, rescale_acts_by_decoder_norm=1)),
+    Refused('"False"', "llama scope", moss(sparsity_include_decoder_norm="False")),
+    Refused("apply_decoder_bias_to_pre_encoder 0", "llama scope",
+            moss(apply_decoder_bias_to_pre_encoder=0)),
+    Refused("use_glu_encoder 1", "llama scope", moss(use_glu_encoder=1)),
+
     # tensors that do not fit together
     Refused(r"b_enc.*\[25\].*\[24\]", "saelens", lens("standard"), {"b_enc": LONG}),
     Refused(r"W_dec.*\[8, 24\].*\[24, 8\]", "saelens", lens("standard"),
@@ -594,6 +631,16 @@ def test_what_cannot_be_used_is_refused_with_the_name_of_the_culprit(tmp_path, c
     assert re.search(case.culprit, str(error.value)) and " · " in str(error.value), error.value
 
 
+@pytest.mark.parametrize("layout, config", [
+    ("sparsify", {"k": K, "signed": None, "normalize_decoder": True, "multi_topk": True}),
+    ("saelens", lens("standard", hook_eval="NOT_IN_USE", noise=0.5)),
+    ("llama scope", moss(use_glu_encoder=None, l1_coefficient=3, act_fn="relu")),
+    ("dl", dl("AutoEncoder", trainer_class="PAnnealTrainer", sparsity_function="Lp^p")),
+])
+def test_settings_that_do_not_change_the_equation_are_let_be(tmp_path, layout, config):
+    assert S.load_sae(write(tmp_path, layout, config)).info["layer"] == 12
+
+
 def test_a_pickled_object_is_refused_and_not_executed(tmp_path):
     folder = write(tmp_path, "dl", None, {"extra": Trap(tmp_path / "executed")})
     with pytest.raises(S.SAEError, match="pickle.*ae.pt"):
@@ -608,6 +655,211 @@ def test_a_truncated_file_is_called_unreadable(tmp_path, layout):
     file.write_bytes(file.read_bytes()[:-200])
     with pytest.raises(S.SAEError, match=f"not a readable checkpoint.*{file.name}"):
         S.load_sae(folder)
+
+
+# ---------------------------------------------------------------- where it was trained
+
+@pytest.mark.parametrize("hook, layer", [
+    ("blocks.7.hook_resid_post", 7),
+    ("model.layers.7", 7),
+    ("model.layers.7.output", 7),
+    ("model.language_model.layers.7", 7),
+    ("layers.7", 7),
+    ("h.7", 7),
+    ("transformer.h.7", 7),
+    ("gpt_neox.layers.7", 7),
+    ("resid_post_layer_7", 7),
+    ("resid_post/layer_7", 7),
+    ("resid_out_layer7", 7),
+    ("layer_7", 7),
+    ("L7R", 7),
+    ("blocks.7.hook_resid_pre", 6),     # what goes into block 7 comes out of block 6
+    ("model.layers.7.input", 6),
+    ("resid_pre_layer_7", 6),
+])
+def test_the_output_of_a_block_is_known_however_it_is_spelled(tmp_path, hook, layer):
+    info = S.load_sae(write(tmp_path, "saelens", lens(hook_name=hook))).info
+    assert (info["hook"], info["layer"]) == (hook, layer)
+
+
+@pytest.mark.parametrize("hook", [
+    "model.layers.7.post_feedforward_layernorm.output",
+    "blocks.7.ln2.hook_normalized",
+    "blocks.7.ln1.hook_normalized",
+    "blocks.7.hook_resid_mid",
+    "blocks.7.hook_attn_out",
+    "blocks.7.attn.hook_q",
+    "blocks.0.hook_resid_pre",
+    "layers.7.mlp",
+    "model.layers.7.self_attn.o_proj",
+    "transformer.wte",
+    "hook_embed",
+    "model.norm",
+    "ln_final.hook_normalized",
+    "['resid_post_layer_7', 'resid_post_layer_8']",
+])
+def test_any_other_site_is_refused_by_its_name(tmp_path, hook):
+    folder = write(tmp_path, "saelens", lens(hook_name=hook))
+    with pytest.raises(S.SAEError, match=f"trained on {re.escape(hook)}"):
+        S.load_sae(folder)
+
+
+CACHE = "hub/models--someone--{}/snapshots/4f2a/"
+SIZES = "width_16k/average_l0_9/params.npz"
+HUB_LAYER = CACHE + "layer_3/" + SIZES
+
+
+@pytest.mark.parametrize("place, layer", [
+    ("resid_post_layer_8/trainer_0/ae.pt", 8),
+    ("resid_out_layer3/10_32768/ae.pt", 3),
+    ("resid_pre_layer_8/trainer_0/ae.pt", 7),
+    ("resid_post/layer_5_width_16k_l0_small/ae.pt", 5),
+    ("L4R/ae.pt", 4),
+    ("x/DeepSeek-R1-Distill-Llama-8B-SAE-l19.pt", 19),
+    ("gpt_neox.layers.6/ae.pt", 6),
+    ("blocks.8.hook_resid_pre/ae.pt", 7),
+    (HUB_LAYER.format("gemma-scope-2b-pt-res"), 3),
+    (CACHE.format("Llama3_1-8B-Base-LXR-8x") + "Llama3_1-8B-Base-L15R-8x/ae.pt", 15),
+    # folders of the user's own
+    ("attention-study/layers.3/ae.pt", 3),
+    ("mlp-project/layers.3/ae.pt", 3),
+    ("mlp/layer_3/width_16k/ae.pt", 3),
+    ("embedding/notes/resid_post_layer_3/ae.pt", 3),
+    ("transcoder-or-sae/h.3/ae.pt", 3),
+    ("attention-study/ae.pt", None),
+    ("attention/" + HUB_LAYER.format("gemma-scope-2b-pt-res"), 3),
+])
+def test_a_path_says_the_layer_and_a_user_may_call_folders_anything(tmp_path, place, layer):
+    layout = "gemma npz" if place.endswith("npz") else "dl"
+    write(tmp_path, layout, file=place)
+    assert S.load_sae(tmp_path / place).info["layer"] == layer
+
+
+@pytest.mark.parametrize("place, site", [
+    ("h.1.attn/ae.pt", "h.1.attn"),
+    ("gpt_neox.layers.1.mlp/ae.pt", "gpt_neox.layers.1.mlp"),
+    ("layers.1.post_attention_layernorm/ae.pt", "layers.1.post_attention_layernorm"),
+    ("embed_tokens/ae.pt", "the embedding"),
+    ("embedding/" + SIZES, "the embedding"),
+    ("transformer.wte/ae.pt", "the embedding"),
+    ("mlp_out_layer3/10_32768/ae.pt", "the MLP"),
+    ("attn_out/layer_5_width_16k_l0_small/ae.pt", "attention"),
+    ("transcoder_all/layer_5_width_16k_l0_small/ae.pt", "a transcoder"),
+    ("resid_mid_layer_5/ae.pt", "the middle"),
+    ("final_norm/ae.pt", "a norm"),
+    ("x/mlp_sae.pt", "the MLP"),
+    ("gemma-scope-2b-pt-att/layer_3/" + SIZES, "attention"),
+    ("Llama3_1-8B-Base-LXM-8x/Llama3_1-8B-Base-L15M-8x/ae.pt", "the MLP"),
+    (HUB_LAYER.format("gemma-scope-9b-pt-mlp"), "the MLP"),
+    (HUB_LAYER.format("gemma-scope-9b-pt-att"), "attention"),
+    (HUB_LAYER.format("gemma-scope-2b-pt-transcoders"), "a transcoder"),
+    (HUB_LAYER.format("skip-transcoder-Llama-3.2-1B-131k"), "a transcoder"),
+    (CACHE.format("Llama3_1-8B-Base-LXTC-8x") + "ae.pt", "a transcoder"),
+    (CACHE.format("Llama3_1-8B-Base-LXA-8x") + "ae.pt", "attention"),
+])
+def test_a_folder_or_repository_of_another_site_is_refused(tmp_path, place, site):
+    layout = "gemma npz" if place.endswith("npz") else "dl"
+    write(tmp_path, layout, file=place)
+    with pytest.raises(S.SAEError, match=f"trained on {site}"):
+        S.load_sae(tmp_path / place)
+
+
+def test_a_file_named_from_within_its_folder_is_refused_as_well(tmp_path, monkeypatch):
+    monkeypatch.chdir(write(tmp_path, "dl", file="layers.2.mlp/ae.pt"))
+    for name in ("ae.pt", "."):
+        with pytest.raises(S.SAEError, match=r"trained on layers\.2\.mlp"):
+            S.load_sae(name)
+
+
+@pytest.mark.parametrize("repository, wrong", [
+    ("someone/gemma-scope-9b-pt-res", None),
+    ("someone/gemma-scope-9b-pt-mlp", "the MLP"),
+    ("someone/qwen3-4b-transcoders", "a transcoder"),
+])
+def test_the_repository_that_hub_names_counts(tmp_path, monkeypatch, repository, wrong):
+    folder = write(tmp_path, "gemma npz")
+    monkeypatch.setattr(S, "fetch", lambda name, revision: str(folder))
+    if wrong is None:
+        assert S.load_sae(f"hub:{repository}:layer_12").info["layer"] == 12
+    else:
+        with pytest.raises(S.SAEError, match=f"trained on {wrong}"):
+            S.load_sae(f"hub:{repository}:layer_12")
+
+
+# ---------------------------------------------------------------- which file of a folder
+
+@pytest.mark.parametrize("ending", ["pth", "bin"])
+def test_other_endings_of_a_pickle_are_read_like_pt(tmp_path, ending):
+    by_default = S.load_sae(write(tmp_path / "a", "goodfire"))
+    folder = write(tmp_path / "b", "goodfire", file=f"x/Gemma-9B-SAE-l12.{ending}")
+    assert_same(S.load_sae(folder), by_default)
+    assert by_default.info["model"] == "Gemma-9B"
+
+
+@pytest.mark.parametrize("ending", ["pth", "bin"])
+def test_no_pickle_is_executed_whatever_it_is_called(tmp_path, ending):
+    trap = {"extra": Trap(tmp_path / "executed")}
+    folder = write(tmp_path, "goodfire", None, trap, file=f"x/Gemma-9B-SAE-l12.{ending}")
+    with pytest.raises(S.SAEError, match="pickle"):
+        S.load_sae(folder)
+    assert not (tmp_path / "executed").exists()
+
+
+def put_beside(folder):
+    """What trainers leave beside the weights: firing rates, states, optimizers, one not tensors."""
+    save_file({"sparsity": torch.zeros(M)}, folder / "sparsity.safetensors")
+    store = folder / "activations_store_state.safetensors"
+    save_file({"n_dataset_processed": torch.ones(1)}, store)
+    np.savez(folder / "histogram.npz", counts=np.zeros(M))
+    torch.save({"global_step": 5, "num_tokens": torch.zeros(M)}, folder / "state.pt")
+    torch.save({"state": {0: {"exp_avg": torch.zeros(M, D)}}}, folder / "optimizer_0.pt")
+    torch.save({"args": Trap(folder / "executed")}, folder / "training_args.bin")
+
+
+@pytest.mark.parametrize("layout, config", [
+    ("saelens", lens()),
+    ("sparsify", {"k": K}),
+    ("dl", dl("AutoEncoder")),
+    ("gemma npz", None),
+    ("llama scope", moss()),
+    ("goodfire", None),
+])
+def test_the_sae_of_a_folder_is_the_file_that_holds_an_encoder(tmp_path, layout, config):
+    folder = write(tmp_path, layout, config)
+    alone = S.load_sae(folder)
+    put_beside(folder)
+    assert_same(S.load_sae(folder), alone)
+    assert not (folder / "executed").exists()
+
+
+def test_a_damaged_sae_among_other_files_is_called_unreadable(tmp_path):
+    folder = write(tmp_path, "saelens", lens())
+    put_beside(folder)
+    file = folder / "sae_weights.safetensors"
+    file.write_bytes(file.read_bytes()[:40])
+    with pytest.raises(S.SAEError, match="not a readable checkpoint.*sae_weights"):
+        S.load_sae(folder)
+
+
+def test_a_folder_of_side_files_alone_holds_no_sae(tmp_path):
+    put_beside(tmp_path)
+    with pytest.raises(S.SAEError, match="no SAE in this folder.*state.pt"):
+        S.load_sae(tmp_path)
+
+
+@pytest.mark.parametrize("stage, kind", [
+    ("extract", "hidden states"),
+    ("select", "features"),
+    ("head", "a reward head"),
+    ("later", "a file of stage later"),
+])
+def test_another_file_of_this_project_is_called_what_it_is(tmp_path, stage, kind):
+    meta = {"stage": stage, "sae": "mine/sae.safetensors"}
+    save_file({"directions": torch.ones(2, D)}, tmp_path / "x.safetensors",
+              metadata={"sparserm": json.dumps(meta)})
+    message = f"{kind}.*not an SAE.*x.safetensors.*--sae.*mine/sae.safetensors"
+    with pytest.raises(S.SAEError, match=message):
+        S.load_sae(tmp_path / "x.safetensors")
 
 
 def test_an_empty_folder_is_refused_as_one_that_holds_nothing(tmp_path):
@@ -642,6 +894,23 @@ def test_info_on_a_missing_file_is_one_line_and_exit_code_2(tmp_path):
     assert re.fullmatch(r"error: .*missing.*\n", done.stderr)
 
 
+@pytest.mark.parametrize("words, reader, shown", [
+    ("info {folder}", "head -2", 2),
+    ("info {folder}", "head -0", 0),
+    ("info {folder}", "true", 0),
+    ("info --help", "head -0", 0),
+])
+def test_a_reader_that_stops_ends_it_quietly(tmp_path, words, reader, shown):
+    folder = write(tmp_path, "saelens", lens())
+    piped = f"{sys.executable} {S.__file__} {words.format(folder=folder)} | {reader}"
+    buffered = {name: os.environ[name] for name in os.environ if name != "PYTHONUNBUFFERED"}
+    for environment in (buffered, buffered | {"PYTHONUNBUFFERED": "1"}):
+        done = subprocess.run(["bash", "-c", f"set -o pipefail; {piped}"], env=environment,
+                              capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.count("\n") == shown
+
+
 @pytest.mark.parametrize("name", ["check", "train"])
 def test_a_command_that_has_moved_names_its_new_place(name):
     done = command_line(name, "--out", "x.safetensors")
@@ -658,3 +927,26 @@ def test_sae_py_copied_alone_into_another_folder_reads_an_sae(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=without_project,
                           capture_output=True, text=True)
     assert "torch.Size([2, 64])" in done.stdout, done.stderr
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """sae.py in a folder without the project, with no huggingface_hub → runs it there."""
+    shutil.copy(tiny.ROOT / "sae.py", tmp_path)
+    (tmp_path / "huggingface_hub.py").write_text("raise ImportError('not there')")
+
+    def command(*words):
+        return subprocess.run([sys.executable, "sae.py", *words], cwd=tmp_path,
+                              env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True)
+    return command
+
+
+@pytest.mark.parametrize("words, says", [
+    (["check", "my-sae"], "error: moved · .*tools.check_sae of the SparseRM project"),
+    (["train"], "error: moved · .*tools.train_sae of the SparseRM project"),
+    (["info", "hub:someone/some-sae"], "error: the package huggingface_hub is missing"),
+])
+def test_what_sae_py_copied_alone_cannot_do_is_one_line(copied, words, says):
+    done = copied(*words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(rf"{says}.*\n", done.stderr)
