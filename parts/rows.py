@@ -156,7 +156,7 @@ def read_hub(name):
 
 # ---------------------------------------------------------------- rows → pairs
 
-# columns that hold the prompt where there is no column of that name; the first that is there counts
+# columns that may hold the prompt; the first that is there counts
 PROMPTS = ("prompt", "question", "instruction", "query", "conversations", "conversation", "input",
            "messages")
 SYSTEM = ("system", "system_prompt", "system_message")
@@ -227,9 +227,11 @@ def pairs_of_trl(row):
     if isinstance(chosen, list) and chosen and isinstance(chosen[0], str):
         return pairs_of_lists(prompt, chosen, rejected)
     if prompt:
-        if prompt != messages_of(row[name]) and isinstance(chosen, str):    # it was a transcript
+        prompt, chosen, rejected = split_explicit(prompt, chosen, rejected)
+        was_transcript = isinstance(row[name], str) and isinstance(prompt, list)
+        if was_transcript and isinstance(chosen, str) and isinstance(rejected, str):
             chosen, rejected = chosen.strip(), rejected.strip()
-        return [split_explicit(prompt, chosen, rejected)]
+        return [(prompt, chosen, rejected)]
     if name and not both_transcripts(chosen, rejected) and isinstance(chosen, str):
         raise Unreadable("an empty or non-text prompt")
     return [split_implicit(row, chosen, rejected)]
@@ -255,9 +257,9 @@ def prompt_of_row(row):
         return next((name for name in PROMPTS if name in row), None), None
     name = there[0]
     prompt = messages_of(row[name])
-    if name == "instruction" and isinstance(row.get("input"), str) and row["input"].strip():
-        prompt = f"{prompt}\n\n{row['input']}"
     if isinstance(prompt, str):
+        if name == "instruction" and str(row.get("input") or "").strip():
+            prompt = f"{prompt}\n\n{row['input']}"
         turns = turns_of_transcript(prompt) or []
         if turns and turns[-1] == {"role": "assistant", "content": ""}:
             turns.pop()
