@@ -47,9 +47,8 @@ from parts.files import (
 )
 from parts.files import load_stage as load_stage  # with save_stage: how others use stage files
 from parts.models import (
-    check_length,
+    check_readable,
     check_vocabulary,
-    check_weights,
     describe,
     find_blocks,
     first_uses,
@@ -181,9 +180,7 @@ class Backbone:
 
         members: which sequences, and where their tokens are, see parts/packing.py.
         """
-        check_weights(self, max(layers))
-        longest = max(map(len, sequences), default=0)
-        check_length(longest, self.model.config, self.meta["model"])
+        check_readable(self, sequences, layers)
         for inputs, members in forward_passes(self.model, sequences, self.pack, self.budget):
             hidden = self.forward_to(layers, **inputs)
             yield members, [h.flatten(0, 1) for h in hidden]

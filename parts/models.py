@@ -334,6 +334,13 @@ def check_length(length, config, name):
                         "pass a smaller --max-length (of sample: --max-new-tokens)")
 
 
+def check_readable(backbone, sequences, layers):
+    """Refuse what would be read wrong: weights that are random, positions that there are not."""
+    check_weights(backbone, max(layers))
+    longest = max(map(len, sequences), default=0)
+    check_length(longest, backbone.model.config, backbone.meta["model"])
+
+
 # ---------------------------------------------------------------- telling models apart
 
 def describe(name, config, tokenizer, revision=None, dtype="auto", device="auto"):
@@ -345,7 +352,7 @@ def describe(name, config, tokenizer, revision=None, dtype="auto", device="auto"
     attention = attention_of(config)
     config = config.get_text_config()
     shape = [config.model_type, config.num_hidden_layers, config.hidden_size,
-             config.num_attention_heads, config.vocab_size]
+             getattr(config, "num_attention_heads", None), config.vocab_size]
     template = hash_of(tokenizer.get_chat_template())
     return {"norm_eps": norm_eps(config), "model": name, "revision": revision,
             **fingerprints(name, revision, ("files", "tokenizer", "config")),
