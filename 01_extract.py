@@ -46,7 +46,18 @@ from parts.files import (
     up_to_date,
 )
 from parts.files import load_stage as load_stage  # with save_stage: how others use stage files
-from parts.models import describe, from_pretrained, load_config, load_tokenizer, probe_weights
+from parts.models import (
+    check_readable,
+    check_vocabulary,
+    describe,
+    find_blocks,
+    first_uses,
+    load_config,
+    load_model,
+    load_tokenizer,
+    probe_weights,
+    within_positions,
+)
 from parts.packing import forward_passes, packing_holds
 from parts.rows import OddRow, read_rows, usable_pairs
 
@@ -151,6 +162,7 @@ class Backbone:
     pack: str = "tree"
     budget: int = 512   # tokens a forward pass
     notes: list = field(default_factory=list)
+    lacking: dict = field(default_factory=dict)     # weights not in the checkpoint: (block, why)
     # one pass at a time: its hooks would see the pass of another thread too
     one_pass: object = field(default_factory=threading.Lock)
 
@@ -168,6 +180,7 @@ class Backbone:
 
         members: which sequences, and where their tokens are, see parts/packing.py.
         """
+        check_readable(self, sequences, layers)
         for inputs, members in forward_passes(self.model, sequences, self.pack, self.budget):
             hidden = self.forward_to(layers, **inputs)
             yield members, [h.flatten(0, 1) for h in hidden]
@@ -182,20 +195,23 @@ def load_backbone(name, revision=None, dtype="auto", device="auto", device_map=N
     options = {"dtype": getattr(torch, meta["dtype"]), "attn_implementation": meta["attention"]}
     if device_map:
         options["device_map"] = device_map
-    model = from_pretrained("AutoModelForCausalLM", name, revision, **options)
+    model, lacking = load_model(name, revision, **options)
     if not device_map:
         model = model.to(device)
-    return make_backbone(model, tokenizer, meta, pack, budget)
+    return make_backbone(model, tokenizer, meta, pack, budget, lacking)
 
 
-def make_backbone(model, tokenizer, meta, pack="tree", budget=None):
+def make_backbone(model, tokenizer, meta, pack="tree", budget=None, lacking=()):
     """A loaded model → Backbone: frozen, its blocks found, tree packing tried."""
     model.eval().requires_grad_(False)
     blocks = find_blocks(model, meta["model"])
-    meta = {**meta, "weights": probe_weights(blocks),
+    check_vocabulary(tokenizer, model.get_input_embeddings(), meta["model"])
+    meta = {**meta, "weights": probe_weights(model, blocks, lacking),
             "parameters": sum(p.numel() for p in model.parameters())}
     budget = budget or (512 if model.device.type == "cpu" else 4096)
     backbone = Backbone(model, tokenizer, blocks, meta, pack, budget)
+    if lacking:
+        backbone.lacking = first_uses(model, blocks, lacking)
 
     if not takes_system_turn(tokenizer):
         backbone.notes.append("the chat template has no system turn: where there is one, "
@@ -207,15 +223,6 @@ def make_backbone(model, tokenizer, meta, pack="tree", budget=None):
         backbone.pack = "pad"
         backbone.notes.append("the model does not honour a 4D mask: length-sorted padding is used")
     return backbone
-
-
-def find_blocks(model, name):
-    """The list of transformer blocks, found by its length: families name it differently."""
-    count = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
-            return module
-    raise UserError(f"no list of {count} blocks found · {name} · only decoder models work")
 
 
 # ---------------------------------------------------------------- texts → residual-stream vectors
@@ -565,9 +572,9 @@ def main():
     args = parse_args()
     config = load_config(args.model, args.revision)
     tokenizer = load_tokenizer(args.model, args.revision)
+    top = config.get_text_config().num_hidden_layers - 1
     for layer in args.layer:
-        if not 0 <= layer < config.num_hidden_layers:
-            top = config.num_hidden_layers - 1
+        if not 0 <= layer <= top:
             raise UserError(f"layer {layer} does not exist · {args.model} has blocks 0 to "
                             f"{top} · pass --layer")
     with devices.processes() as (rank, ranks):
@@ -577,6 +584,7 @@ def main():
 
 def extract(args, config, tokenizer, rank, ranks):
     """Read the pairs, compute this process's share of the missing shards, report."""
+    args.max_length = within_positions(args.max_length, config, args.model)
     rendered = None
     if rank == 0:
         rendered = RenderedTexts()

@@ -64,11 +64,15 @@ def shard_files(run, layer=None, token=None):
     paths = sorted(folder.glob(f"layer{layer}-{token}-*.safetensors"))
     metas = [read_meta(path, "01_extract.py", "extract") for path in paths]
     count = int(re.search(r"-of-(\d+)", paths[0].name)[1])      # layer16-mean-00000-of-00001
-    if len(paths) != count or any(meta != metas[0] for meta in metas):
-        raise UserError(f"{len(paths)} of {count} shards, or shards of different runs · {folder} · "
+    if len(paths) < count:
+        raise UserError(f"only {len(paths)} of {count} shards are there · {folder} · "
                         "run 01_extract.py again")
+    if len(paths) > count or any(meta != metas[0] for meta in metas):
+        raise UserError(f"shards of different runs · {folder} · run 01_extract.py again")
     pairs = Path(run) / "pairs.jsonl"
-    if not pairs.is_file() or file_hash(pairs) != metas[0]["parent"]["pairs"]:
+    if not pairs.is_file():
+        raise UserError(f"file not found · {pairs} · run 01_extract.py again")
+    if file_hash(pairs) != metas[0]["parent"]["pairs"]:
         raise UserError("pairs.jsonl is not the file that the activations were made from · "
                         f"{run} · run 01_extract.py again")
     return paths, metas[0]

@@ -652,11 +652,12 @@ class RewardModel:
 
 def check_backbone(wanted, found, where):
     """Refuse a backbone that is not a copy of the one the head was trained on."""
-    for key, what in (("backbone", "shape"), ("template", "chat template")):
-        if wanted[key] != found[key]:
-            raise UserError(f"the head was trained on {wanted['model']} ({what} {wanted[key]}), "
-                            f"this is {found['model']} ({found[key]}) · {where} · "
-                            "pass the same backbone")
+    parts = {"backbone": "shape", "template": "chat template", "vocabulary": "vocabulary"}
+    for key, what in parts.items():
+        if wanted.get(key) != found[key]:
+            raise UserError(f"the head was trained on {wanted['model']} "
+                            f"({what} {wanted.get(key)}), this is {found['model']} "
+                            f"({found[key]}) · {where} · pass the same backbone")
     if not same_weights(wanted["weights"], found["weights"]):
         raise UserError(f"the weights of {found['model']} are not those of {wanted['model']} · "
                         f"{where} · pass the same backbone")

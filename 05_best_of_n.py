@@ -7,7 +7,7 @@
 
 sample  reads   prompts: JSONL with prompt
         writes  candidates.jsonl: prompt, candidates, scores, outside, best, policy, reward,
-                settings
+                models (a hash of policy and backbone), settings
 rank    reads   {prompt, candidates[, labels]} or {prompt, response[, id]} of any engine
         writes  a row a prompt with scores, ranking, best
 pairs   reads   candidates, or existing pairs to filter
@@ -23,6 +23,7 @@ import argparse
 import collections
 import functools
 import importlib
+import itertools
 import json
 import math
 from pathlib import Path
@@ -41,7 +42,7 @@ from parts.files import (
     write_rows,
     write_text,
 )
-from parts.models import load_tokenizer
+from parts.models import check_length, check_weights, identity, load_tokenizer
 from parts.rows import (
     ACCEPTED,
     OddRow,
@@ -309,13 +310,17 @@ def sample(args):
     """Sample n candidates a prompt and score them; goes on where a killed call stopped."""
     reward_meta = read_meta(args.reward, "03_train_head.py")
     policy_name = args.policy or args.model or reward_meta["model"]
-    prompts = prompts_to_sample(args, load_tokenizer(policy_name))
+    tokenizer = load_tokenizer(policy_name, revision_of(policy_name, reward_meta))
+    prompts = prompts_to_sample(args, tokenizer)
     made_with = {"policy": policy_name, "reward": file_hash(args.reward),
+                 "models": identity_of_models(args, policy_name, reward_meta),
                  "settings": {name: getattr(args, name) for name in SAMPLING}}
     out = beside_the_head(args, "candidates.jsonl")
     part = out.with_suffix(".jsonl.part")
 
     rows = finished_rows(out, made_with) | finished_rows(part, made_with)
+    if out.exists() and not rows:
+        print(f"note: {out} is replaced: it was made with another model, head or settings")
     passes = groups_of(prompts, max(1, args.batch_rows // args.n))
     missing = [some for some in passes if any(json.dumps(prompt) not in rows for prompt in some)]
     if missing:                             # whole passes, so that the numbers are the same bytes
@@ -333,6 +338,21 @@ def prompts_to_sample(args, tokenizer):
         where, reason = next(iter(reasons.items()))
         print(f"note: {len(reasons)} rows are left out, the first because: {reason} ({where})")
     return prompts[:args.limit]
+
+
+def identity_of_models(args, policy_name, reward_meta):
+    """A hash of policy and reward backbone: a policy that is trained further is another one."""
+    backbone_name = args.model or reward_meta["model"]
+    policy = identity(policy_name, revision_of(policy_name, reward_meta), args.dtype, args.device)
+    if policy_name == backbone_name:
+        return policy
+    revision = revision_of(backbone_name, reward_meta)
+    return f"{policy} {identity(backbone_name, revision, reward_meta['dtype'], args.device)}"
+
+
+def revision_of(name, reward_meta):
+    """The revision of the reward's recorded backbone; of another model there is none."""
+    return reward_meta["revision"] if name == reward_meta["model"] else None
 
 
 def finished_rows(path, made_with):
@@ -362,6 +382,7 @@ def is_finished(row, made_with):
 def sample_missing(args, passes, made_with, reward_meta, part):
     """Sample and score these passes of prompts, rows appended to `part` at once → {prompt: row}."""
     policy, reward = open_models(args, made_with["policy"], reward_meta)
+    check_prompts(policy, itertools.chain(*passes), args.max_new_tokens)
     read_off = args.score and reward.backbone is policy
     layer = reward_meta["layer"] if read_off and reward_meta["token"] == "mean" else None
     rows = {}
@@ -392,6 +413,13 @@ def sample_missing(args, passes, made_with, reward_meta, part):
     return rows
 
 
+def check_prompts(policy, prompts, max_new_tokens):
+    """Refuse a prompt that leaves no room for its answer among the policy's positions."""
+    for prompt in prompts:
+        length = len(prompt_ids(policy.tokenizer, prompt)) + max_new_tokens
+        check_length(length, policy.model.config, policy.meta["model"])
+
+
 def groups_of(items, size):
     """A list → its parts of at most `size`."""
     return [items[start:start + size] for start in range(0, len(items), size)]
@@ -416,8 +444,9 @@ def tell_share_read_off(candidates, reasons):
 def open_models(args, policy_name, reward_meta):
     """→ (Backbone to sample from, RewardModel): one language model for both where they agree."""
     backbone_name = args.model or reward_meta["model"]
-    revision = reward_meta["revision"] if policy_name == reward_meta["model"] else None
-    policy = stage1.load_backbone(policy_name, revision, dtype=args.dtype, device=args.device)
+    policy = stage1.load_backbone(policy_name, revision_of(policy_name, reward_meta),
+                                  dtype=args.dtype, device=args.device)
+    check_weights(policy)                       # all of them: it writes
     shared = policy if policy_name == backbone_name else args.model
     return policy, stage3.RewardModel.load(args.reward, model=shared, device=args.device)
 

@@ -17,6 +17,7 @@ import torch
 
 from parts.chat import render
 from parts.files import UserError
+from parts.models import check_weights
 
 TEST = 2            # how pairs.jsonl's splits are numbered in the files
 
@@ -31,8 +32,14 @@ def top_tokens(backbone, directions, count=8):
     """Logit lens: directions [m, d] → the tokens whose logit each raises most, lists of strings.
 
     The direction takes the place of the last block's output; what comes after (final norm, output
-    matrix) is the model's own.
+    matrix) is the model's own. Where its checkpoint lacks that: no tokens, and a note.
     """
+    try:
+        check_weights(backbone)
+    except UserError as error:
+        print(f"note: no tokens are shown for the latents: {error}")
+        return [[]] * len(directions)
+
     def put_direction(block, args, output):
         if isinstance(output, tuple):
             return (directions[:, None].to(output[0]), *output[1:])

@@ -106,7 +106,9 @@ def common_prefix(a, b):
 
 
 def tree_inputs(model, row, device):
-    """A Row → keyword arguments of the model."""
+    """A Row → keyword arguments of the model. A text alone needs no mask but the model's own."""
+    if len(row.members) == 1:
+        return {"input_ids": torch.from_numpy(row.ids)[None].to(device)}
     return {"input_ids": torch.from_numpy(row.ids)[None].to(device),
             "position_ids": torch.from_numpy(row.depth)[None].to(device),
             "attention_mask": attention_masks(model, row, device)}
@@ -176,19 +178,17 @@ def padded_inputs(sequences, batch, device):
 
 # ---------------------------------------------------------------- does this model honour it
 
-LONGEST_WINDOW = 600    # a longer sliding window is not tried: the texts would cost too much
-
-
 def packing_holds(backbone):
     """Does a tree give the hidden states that the model itself gives to each text alone?
 
-    Tried on three texts that branch. They are short, or reach beyond the model's sliding window.
+    Tried on three texts that branch, of several lengths: a position that is counted in the row
+    instead of the text shows at the later ones. Their common beginning is as long as the longest
+    window of attention that a row of `budget` tokens can reach beyond.
     """
     config = backbone.model.config.get_text_config()
-    window = getattr(config, "sliding_window", None) or 0
-    stem_length = window if 6 < window <= LONGEST_WINDOW else 6
+    reachable = [window for window in windows(config) if window < backbone.budget]
     generator = np.random.default_rng(0)
-    lengths = (stem_length, 4, 5, 3)
+    lengths = (max(6, *reachable), 20, 5, 15)
     stem, *tails = [generator.integers(10, config.vocab_size, n).tolist() for n in lengths]
     sequences = [stem + tail for tail in tails]
     try:
@@ -198,6 +198,17 @@ def packing_holds(backbone):
     alone = torch.stack([last_state_alone(backbone, sequence) for sequence in sequences])
     tolerance = 1e-4 if backbone.model.dtype == torch.float32 else 3e-2
     return bool((packed - alone).norm() <= tolerance * alone.norm())
+
+
+def windows(config):
+    """Every window that a configuration names, in tokens: sliding_window, GPT-Neo's window_size,
+    attention_chunk_size … Another number of that name costs a longer trial, no more."""
+    found = []
+    for name, value in config.to_dict().items():
+        is_window = "window" in name or "chunk" in name or name.startswith("local_")
+        if is_window and type(value) is int:
+            found.append(value)
+    return found
 
 
 def last_states(backbone, sequences):

@@ -61,7 +61,7 @@ def make_tokenizer(template=CHATML):
 
 SIZES = {"hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": LAYERS,
          "num_attention_heads": 4,
-         "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 1024}
+         "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 2048}
 MIXED = {"sliding_window": WINDOW,
          "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 FAMILIES = {
