@@ -111,9 +111,9 @@ def token_range(text, rule):
     if rule == "eot":
         return text.eot, text.eot + 1
     if rule == "content":       # the last token of the response itself
-        return text.last - 1, text.last
+        return text.stop - 1, text.stop
     if rule == "mean":          # all tokens of the response
-        return text.first, text.last
+        return text.first, text.stop
     raise UserError(f"unknown token rule {rule} · the head or features file · one of {RULES}")
 
 
@@ -330,7 +330,7 @@ def rows_file(path):
 
 def write_row(file, row):
     """Write a row as one line of JSON."""
-    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")     # a date, an image
 
 
 def sort_pairs(args, tokenizer, pairs_file, dropped_file, rendered):
@@ -473,7 +473,7 @@ def extract_shard(backbone, rows, start, args, texts=None, progress=None):
                 texts.append(render(backbone.tokenizer, row["prompt"], row[side], args.max_length))
     vectors = residuals(backbone, texts, args.layer, args.token, progress)
 
-    lengths = torch.tensor([text.last - text.first for text in texts], dtype=torch.int32)
+    lengths = torch.tensor([text.stop - text.first for text in texts], dtype=torch.int32)
     splits = [SPLITS.index(row["split"]) for row in rows]
     columns = {
         "pair": torch.arange(start, start + len(rows)),

@@ -29,7 +29,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from parts.chat import Unreadable, messages_of, render, with_last_turn
+from parts.chat import render
+from parts.contexts import read_names
 from parts.devices import one_thread
 from parts.files import (
     UserError,
@@ -40,6 +41,8 @@ from parts.files import (
     save_stage,
     up_to_date,
 )
+from parts.latents import pieces
+from parts.messages import Unreadable, read_prompt, with_last_turn
 from parts.models import same_weights
 
 stage1 = importlib.import_module("01_extract")
@@ -446,10 +449,11 @@ class RewardModel:
     A plain class, so that trainers take it for a function, not for a module.
     """
 
-    def __init__(self, tensors, meta, backbone):
+    def __init__(self, tensors, meta, backbone, names=None):
         self.tensors = tensors
         self.meta = meta
         self.backbone = backbone
+        self.names = names or {}                # {latent: {name, right, tasks}}
         self.head = head_from(tensors)
         self.directions = tensors["directions"].float()             # [2K, d]
         self.mean = tensors["mean"].float()                         # [2K]
@@ -459,11 +463,12 @@ class RewardModel:
         self.__name__ = "sparserm_reward"       # trainers log a reward function by its name
 
     @classmethod
-    def load(cls, path, model=None, device="auto"):
+    def load(cls, path, model=None, device="auto", names=None):
         """A reward_head.safetensors → RewardModel. Errors: UserError.
 
         model: another copy of the backbone (name, folder, or a Backbone of stage 1); else the
-        recorded one is opened, never with remote code.
+        recorded one is opened, never with remote code. names: a file of names of latents, as the
+        report saves it.
         """
         tensors, meta = load_stage(path, "03_train_head.py")
         needed = {"directions", "mean", "std", "w1", "b1", "temperature", "range"}
@@ -479,7 +484,10 @@ class RewardModel:
         else:
             backbone = stage1.load_backbone(meta["model"], meta["revision"], meta["dtype"], device)
         check_backbone(meta, backbone.meta, path)
-        return cls(tensors, meta, backbone)
+        if not 0 <= meta["layer"] < len(backbone.blocks):
+            raise UserError(f"layer {meta['layer']} does not exist · {path} · {meta['model']} has "
+                            f"blocks 0 to {len(backbone.blocks) - 1}: run 03 again")
+        return cls(tensors, meta, backbone, read_names(names, meta) if names else None)
 
     # from text to the residual stream
 
@@ -490,7 +498,7 @@ class RewardModel:
         """
         if isinstance(response, str) and not response.strip():
             raise Unreadable("an empty response · score · it has no token that could be read")
-        prompt = messages_of(prompt)
+        prompt = read_prompt(prompt)
         return render(self.backbone.tokenizer, prompt, response, self.meta["max_length"])
 
     def read(self, texts, normalised=True):
@@ -587,10 +595,10 @@ class RewardModel:
     def explain(self, prompt, response):
         """What each latent's direction adds → {reward, bias, outside, contributions}.
 
-        contributions: rows of latent, side, score, contribution. Linear head: w_j (v_j - mean_j) /
-        std_j; with the bias they add up to the reward. MLP: the change when score j is set to its
-        mean (an ablation of the head's input; these do not add up). Neither says what causes a
-        preference.
+        contributions: rows of latent, name, side, score, contribution. Linear head: w_j (v_j -
+        mean_j) / std_j; with the bias they add up to the reward. MLP: the change when score j is
+        set to its mean (an ablation of the head's input; these do not add up). Neither says what
+        causes a preference.
         """
         hidden = self.hidden([prompt], [response])
         scores = self.scores_of(hidden)[0].tolist()
@@ -598,13 +606,50 @@ class RewardModel:
         rows = []
         for n, latent in enumerate(self.tensors["latents"].tolist()):
             side = "chosen" if n < len(parts) // 2 else "rejected"
-            rows.append({"latent": latent, "side": side, "score": scores[n],
-                         "contribution": parts[n]})
+            rows.append({"latent": latent, "name": self.names.get(latent, {}).get("name"),
+                         "side": side, "score": scores[n], "contribution": parts[n]})
         rows.sort(key=lambda row: -abs(row["contribution"]))
         return {"reward": float(self.reward_of(hidden)),
                 "bias": float(self.head.b1) if self.head.kind == "linear" else None,
                 "outside": bool(self.outside(hidden)),
                 "contributions": rows}
+
+    def reads_tokens(self):
+        """Is the reward a sum over the tokens: rule mean, a linear head, z as it is?"""
+        plain = self.meta["token"] == "mean" and self.meta["normalise"] == "none"
+        return plain and self.head.kind == "linear"
+
+    def token_states(self, text, stop):
+        """The residual stream of a Text's tokens from the response's first to `stop` → [n, d]."""
+        [(members, [hidden])] = self.backbone.hidden_rows([text.ids], [self.meta["layer"]])
+        _, places = members[0]
+        return hidden[torch.from_numpy(places[text.first:stop]).to(hidden.device)].float().cpu()
+
+    def parts_of(self, z):
+        """What each of a response's tokens adds to the reward: z [n, d] → parts [n].
+
+        part_t = Σ_j w_j (<z_t, d_j> - mean_j) / (n std_j). With the bias b1 they add up to the
+        reward, because z of the rule mean is the mean of the z_t.
+        """
+        u, c = self.vector()
+        without_bias = c - float(self.head.b1)
+        return (z.double() @ u.double() + without_bias) / len(z)
+
+    def tokens(self, prompt, response):
+        """The exact part of each token of a response → {tokens, parts, bias, reward}.
+
+        The parts and the bias add up to the reward. The head was trained on means over responses,
+        not on single tokens. Errors: UserError, where the reward is no such sum.
+        """
+        if not self.reads_tokens():
+            raise UserError("the reward is a sum over tokens only with token rule mean, a linear "
+                            "head and z as it is · tokens · train such a head: 01 --token mean, "
+                            "02 --normalise none, 03 --head linear")
+        text = self.render(prompt, response)
+        parts = self.parts_of(self.token_states(text, text.stop))
+        bias = float(self.head.b1)
+        return {"tokens": pieces(self.backbone.tokenizer, text.ids[:text.stop], text.first),
+                "parts": parts.tolist(), "bias": bias, "reward": float(parts.sum()) + bias}
 
     def __call__(self, prompts, completions, **_):
         """A TRL reward function: strings or chat messages → list of float.

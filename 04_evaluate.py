@@ -55,7 +55,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from parts import latents, report
+from parts import contexts, explain, latents, report
 from parts.chat import render
 from parts.devices import one_thread
 from parts.files import (
@@ -84,8 +84,10 @@ SIDES = ("chosen", "rejected")
 CANDIDATES = 16_384         # directions that the picked controls choose from, at most
 WORD_COLUMNS = 2**13        # grams, at most
 BLIND_PAIRS = 300
+SHOWN_LATENTS = 20          # with contexts
+QUIZZED_LATENTS = 10
 BLIND_PROMPT = "Please answer."
-FORMAT = 3                  # of evaluation.json: one of an older format is made anew
+FORMAT = 4                  # of evaluation.json: one of an older format is made anew
 
 
 # ---------------------------------------------------------------- the data of a run
@@ -781,6 +783,51 @@ def train_shares(data, model):
     return (chosen - rejected).mean(0)
 
 
+def adds_where_it_fires(data, model):
+    """What each direction adds to a response's reward where its latent fires there, on average
+    over the train and dev responses: E[1(f_j > 0) · part_j], [2K].
+
+    Where a latent does not fire, its direction still adds something; that is in train_shares().
+    """
+    rows = data.split != TEST
+    fires = activation_pairs(data.sae, [z[rows] for z in data.sae_z], data.head["latents"])
+    parts = [model.contributions(z[rows]) * (f > 0) for z, f in zip(data.z, fires)]
+    return torch.cat(parts).mean(0)
+
+
+def rows_of_latents(data, model):
+    """The head's latents → rows of evaluation.json; the logit lens where the model is opened."""
+    tokens = latents.top_tokens(model.backbone, data.head["directions"]) if model.backbone else []
+    return latents.latent_rows(data, model.head, train_shares(data, model),
+                               adds_where_it_fires(data, model), tokens, separation(data))
+
+
+def texts_of_latents(data, model, rows, count):
+    """Read the tokens of some responses → {quiz, pairs}; contexts go into the rows.
+
+    Contexts are of train and dev responses; the tasks of the quiz, and the pairs, of test.
+    """
+    probes = gaussian_directions(contexts.RANDOM, data.z[0].shape[1], seed=1)
+
+    def read(wanted):
+        pairs = [data.pairs[n] for n in wanted.nonzero().flatten().tolist()]
+        return contexts.read_tokens(model, data.sae, contexts.some_responses(pairs), probes)
+
+    of_train = read(data.split != TEST)
+    for row in rows[:SHOWN_LATENTS]:
+        values = of_train.fires[:, row["column"]].float().numpy()
+        row["histogram"] = contexts.histogram(of_train, values)
+        row["contexts"] = contexts.contexts(of_train, values, count)
+        row["agreement"] = contexts.agreement(of_train, row["column"])
+    if not (data.split == TEST).any():
+        return {}
+    of_test = read(data.split == TEST)
+    quizzed = rows[:QUIZZED_LATENTS]
+    columns = [row["column"] for row in quizzed]
+    return {"quiz": contexts.quiz(quizzed, columns, of_train, of_test, count),
+            "pairs": contexts.read_pairs(of_test)}
+
+
 def separation(data):
     """Interval of μ_c - μ_r of the head's latents on the *test* pairs → [(low, high)] of each.
 
@@ -854,9 +901,8 @@ def evaluate(data, args):
     watch = Stopwatch()
     others = {name: other_set(data, name, run) for name, run in args.other}
     model = stage3.RewardModel(data.head, data.head_meta, None)
-    backbone = None
     if args.texts:
-        backbone = stage3.RewardModel.load(data.head_path, device=args.device).backbone
+        model = stage3.RewardModel.load(data.head_path, device=args.device)
 
     outcomes = {}
     methods = {"sparserm": sparserm, **CONTROLS}
@@ -864,16 +910,13 @@ def evaluate(data, args):
         with watch(name), one_thread():
             outcomes[name] = method(data, others)
     result = compare(data, outcomes)
-    if backbone:
+    if model.backbone:
         with watch("blind"):
-            add_blind(data, backbone, outcomes["sparserm"], result)
-        with watch("latents"):
-            rows = latents.latent_rows(data, model.head, train_shares(data, model), backbone,
-                                       separation(data), args.texts)
-        result["latents"] = rows
-    else:
-        result["latents"] = latents.latent_rows(data, model.head, train_shares(data, model), None,
-                                                separation(data), 0)
+            add_blind(data, model.backbone, outcomes["sparserm"], result)
+    result["latents"] = rows_of_latents(data, model)
+    if model.backbone:
+        with watch("contexts"):
+            result |= texts_of_latents(data, model, result["latents"], args.texts)
     result["other"] = compare_on(others, outcomes)
     if args.sweeps != "none":
         result["curves"]["k"] = k_curve(data, outcomes, result["accuracy"]["dense"])
@@ -946,6 +989,7 @@ def on_the_test_split(data, model, result):
     result["calibration"] = calibration(differences, float(data.head["temperature"]))
     result["length"] = length_figures(reward_chosen, reward_rejected, *own.tokens)
     result["wrong"] = latents.most_wrong(data, differences)
+    result["answers"] = latents.extreme_answers(data, [reward_chosen, reward_rejected])
     return summary(differences, own.group)
 
 
@@ -1031,11 +1075,15 @@ def parse_args():
                    help="folds over all pairs (default 5)")
     p.add_argument("--sweeps", choices=("none", "small", "full"), default="small",
                    help="curves: none, K, or K and number of pairs (default small)")
-    p.add_argument("--texts", type=int, default=3,
-                   help="texts shown at either end of a latent; 0 needs no language model, and "
-                        "skips the control `blind` (default 3)")
+    p.add_argument("--texts", type=int, default=4,
+                   help="contexts shown of a latent: so many where it fires most, middling, and "
+                        "not at all; 0 needs no language model, and skips contexts, quiz and the "
+                        "control `blind` (default 4)")
     p.add_argument("--explain", nargs="+", metavar="ID",
                    help="only this: why one response scores higher; a pair's id, or PROMPT A B")
+    p.add_argument("--names", metavar="FILE",
+                   help="names of latents, as the report saves them, or rows of index and "
+                        "description: shown wherever a latent is shown")
     p.add_argument("--device", default="auto",
                    help="of the language model, for --texts and --explain (default auto)")
     p.add_argument("--debug", action="store_true",
@@ -1057,10 +1105,11 @@ def main():
     """Stage 4 from the command line."""
     args = parse_args()
     data = Data(args.run, args.name, args.sae, args.folds)
+    names = contexts.read_names(args.names, data.meta) if args.names else {}
     if args.explain:
-        words, names = latents.pair_to_explain(data, args.explain)     # before the model is opened
-        model = stage3.RewardModel.load(data.head_path, device=args.device)
-        latents.explain_pair(data, model, words, names)
+        words, names = explain.pair_to_explain(data, args.explain)     # before the model is opened
+        model = stage3.RewardModel.load(data.head_path, device=args.device, names=args.names)
+        explain.explain_pair(data, model, words, names)
         return
 
     out = data.folder / "evaluation.json"
@@ -1075,7 +1124,8 @@ def main():
         write_text(data.folder / "timings.json", json.dumps(seconds, indent=1) + "\n")
         text = json.dumps(found, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
         write_text(out, text)               # last: it says that all is done
-    report.print_report(data.folder, found, report.write_page(found, data.folder), args.name)
+    written = report.write_page(found, data.folder, names)
+    report.print_report(data.folder, found, written, args.name, names)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ import torch
 from tqdm import tqdm
 
 from parts import report
+from parts.candidates import are_numbers, read_candidates, read_prompts
 from parts.chat import prompt_ids, render
 from parts.files import (
     UserError,
@@ -42,16 +43,9 @@ from parts.files import (
     write_rows,
     write_text,
 )
+from parts.messages import Unreadable, with_last_turn
 from parts.models import check_length, check_weights, identity, load_tokenizer
-from parts.rows import (
-    ACCEPTED,
-    OddRow,
-    are_numbers,
-    read_candidates,
-    read_prompts,
-    read_rows,
-    usable_pairs,
-)
+from parts.rows import ACCEPTED, OddRow, read_rows, usable_pairs
 from parts.sampled import HiddenSums, Sampled, score_sampled
 
 stage1, stage3 = (importlib.import_module(name) for name in ("01_extract", "03_train_head"))
@@ -296,6 +290,12 @@ def ranking_of(scores):
                   key=lambda place: math.inf if scores[place] is None else -scores[place])
 
 
+def best_of(row):
+    """The candidate with the highest score; None where none has one."""
+    first = ranking_of(row["scores"])[0]
+    return None if row["scores"][first] is None else row["candidates"][first]
+
+
 def are_scores(values, count):
     """Is it a list of so many numbers, or None where a candidate has no score?"""
     if not isinstance(values, list) or len(values) != count:
@@ -404,7 +404,7 @@ def sample_missing(args, passes, made_with, reward_meta, part):
                 own = slice(number * args.n, (number + 1) * args.n)
                 row = {"prompt": prompt, "candidates": texts[own]}
                 add_scores(row, [column[own] for column in scored])
-                row |= {"best": texts[own][ranking_of(row["scores"])[0]], **made_with}
+                row |= {"best": best_of(row), **made_with}
                 rows[json.dumps(prompt)] = row
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
@@ -468,7 +468,7 @@ def rank(args):
                         f"{args.candidates} · mend them, or run stage 1 with another --max-length")
     for row in rows:
         row["ranking"] = ranking_of(row["scores"])
-        row["best"] = row["candidates"][row["ranking"][0]]
+        row["best"] = best_of(row)
     out = beside_the_head(args, Path(args.candidates).with_suffix(".ranked.jsonl").name)
     write_rows(out, rows)
     finish(out, rows)
@@ -476,15 +476,21 @@ def rank(args):
 
 def score_candidates(rows, reward, head):
     """Score the candidates of all rows, see add_scores. In place."""
-    prompts = [row["prompt"] for row in rows for _ in row["candidates"]]
-    texts = [text for row in rows for text in row["candidates"]]
+    readable = [row for row in rows if "unreadable" not in row]
+    prompts = [row["prompt"] for row in readable for _ in row["candidates"]]
+    texts = [text for row in readable for text in row["candidates"]]
     columns = reward.score_each(prompts, texts)
     done = 0
-    for row in rows:
+    for row in readable:
         own = slice(done, done + len(row["candidates"]))
         add_scores(row, [column[own] for column in columns])
-        row["reward"] = head                        # `sample` may have left that of another head
         done = own.stop
+    for row in rows:
+        row["reward"] = head                        # `sample` may have left that of another head
+        reason = row.pop("unreadable", None)
+        if reason:
+            n = len(row["candidates"])
+            add_scores(row, [[None] * n, [None] * n, [reason] * n])
 
 
 # ---------------------------------------------------------------- pairs
@@ -568,6 +574,15 @@ def existing_pairs(path, reward, label=None):
                    "rejected": pair.rejected, "notes": pair.notes}
 
 
+def text_alone(prompt, candidate):
+    """The text of a candidate; None where messages stand before it, which a pair cannot hold."""
+    try:
+        whole_prompt, text = with_last_turn(prompt, candidate)
+    except Unreadable:
+        return None
+    return text if whole_prompt == prompt else None
+
+
 def best_and_worst(rows, reward, head):
     """Candidates → rows {id, prompt, chosen: the best scored, rejected: the worst}."""
     unscored = [row for row in rows if row.get("reward") != head
@@ -575,8 +590,9 @@ def best_and_worst(rows, reward, head):
     if unscored:
         score_candidates(unscored, reward, head)
     for n, row in enumerate(rows):
-        score_of = {text: score for text, score in zip(row["candidates"], row["scores"])
-                    if score is not None}
+        texts = [text_alone(row["prompt"], candidate) for candidate in row["candidates"]]
+        score_of = {text: score for text, score in zip(texts, row["scores"])
+                    if text is not None and score is not None}
         if len(score_of) < 2:
             why = next((reason for reason in row.get("reasons", []) if reason), None)
             reason = "fewer than two different candidates that have a score"

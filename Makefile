@@ -1,7 +1,8 @@
 # Two commands: `make demo` shows SparseRM at work on a small model, `make test` runs the tests.
 VENV := .venv
 PY   := $(VENV)/bin/python
-RUN  := HF_HUB_OFFLINE=1 $(PY)
+# passive: threads that wait for each other sleep, and leave the core to who needs it
+RUN  := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive $(PY)
 SAE  := assets/sae-smollm2-135m-layer16.safetensors
 PYTHON ?= python3
 

@@ -29,9 +29,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import common
 from benchmarks.common import ROOT, stage3, stage5
+from parts.candidates import read_prompts
 from parts.chat import prompt_ids
 from parts.files import run_main
-from parts.rows import read_prompts
 from parts.sampled import score_sampled
 
 SEVERAL, ONE, GENERATE = "several prompts", "one prompt", "generate"
@@ -140,14 +140,16 @@ def measure_group(found, reward, prompts, args):
     found.tokens[SEVERAL] += tokens_sampled(sampled)
 
     prompt_of_row = [prompt for prompt in prompts for _ in range(args.n)]
-    read, _, reasons = found.timed("off the sampling", score_sampled, reward, prompt_of_row, texts,
-                                   sampled)
-    found.scores["off the sampling"] += read
+    read, _, _, reasons = found.timed("off the sampling", score_sampled, reward, prompt_of_row,
+                                      texts, sampled)
+    spoken = [n for n, text in enumerate(texts) if text]            # an empty answer has no score
+    prompt_of_row = [prompt_of_row[n] for n in spoken]
+    texts = [texts[n] for n in spoken]
+    found.scores["off the sampling"] += [read[n] for n in spoken]
     found.reasons += reasons
     found.scores["packed"] += found.timed("packed", reward.score, prompt_of_row, texts)
     found.scores["padded"] += found.timed("padded", score_padded, reward, prompt_of_row, texts,
                                           args.n)
-
     one_by_one = found.timed(ONE, sample_one_by_one, backbone, prompts, args, layer)
     found.tokens[ONE] += sum(tokens_sampled(of_prompt) for of_prompt in one_by_one)
     output = found.timed(GENERATE, generate, backbone, prompts, args)

@@ -162,26 +162,35 @@ def log_likelihoods(backbone, prompts, responses, max_length=2048):
     """Σ log p(token | what precedes it) over each response and its end-of-turn mark
     → (sums [n], numbers of tokens [n]), numpy.
 
-    The prompt's own tokens do not count. Texts are packed as in stage 1, with the output matrix in
-    the place of block L.
+    The prompt's own tokens do not count.
     """
     texts = [stage1.render(backbone.tokenizer, prompt, response, max_length)
              for prompt, response in zip(prompts, responses, strict=True)]
-    sums = np.zeros(len(texts))
+    sums = log_likelihoods_of_ids(backbone, [text.ids[:text.eot + 1] for text in texts],
+                                  [text.first for text in texts])
+    return sums, token_counts(texts)
+
+
+def log_likelihoods_of_ids(backbone, sequences, firsts):
+    """Σ log p(token | what precedes it) over token ids from place `first` on → [n] numpy.
+
+    Sequences are packed as in stage 1, with the output matrix in the place of block L.
+    """
+    sums = np.zeros(len(sequences))
     cap = getattr(backbone.model.config.get_text_config(), "final_logit_softcapping", None)
     whole = dataclasses.replace(backbone, blocks=[backbone.model.get_output_embeddings()])
-    for members, (logits,) in whole.hidden_rows([text.ids for text in texts], [0]):
+    for members, (logits,) in whole.hidden_rows(sequences, [0]):
         if cap:
             logits = cap * torch.tanh(logits.float() / cap)
         logits = logits.float()
         total = logits.logsumexp(-1)                                    # [T]
         for index, path in members:
-            text = texts[index]
-            before = torch.from_numpy(path[text.first - 1:text.eot])    # each token is told by it
-            wanted = torch.tensor(text.ids[text.first:text.eot + 1])
+            first = firsts[index]
+            before = torch.from_numpy(path[first - 1:-1])               # each token is told by it
+            wanted = torch.tensor(sequences[index][first:])
             before, wanted = before.to(logits.device), wanted.to(logits.device)
             sums[index] = float((logits[before, wanted] - total[before]).double().sum())
-    return sums, token_counts(texts)
+    return sums
 
 
 def token_counts(texts):

@@ -5,9 +5,7 @@ The one path, for training and for scoring:
     what a file holds → messages {role, content, …} → the template's text → Text: ids and places
 """
 
-import ast
 import functools
-import json
 import os
 import re
 import tempfile
@@ -15,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from parts.files import UserError
+from parts.messages import Unreadable, as_turns, check_prompt, check_text
 
 PLAIN_TEMPLATE = (
     "{% for m in messages %}{% if loop.first %}{{ bos_token or '' }}{% endif %}"
@@ -25,172 +23,14 @@ PLAIN_TEMPLATE = (
 TODAY = "26 Jul 2024"   # for templates that print a date: a text has to give the same ids tomorrow
 
 
-class Unreadable(UserError):
-    """Why a text cannot be read as it is meant: nothing that the model should see may be lost."""
-
-
 @dataclass
 class Text:
     """A rendered conversation."""
     ids: list           # token ids of the whole
     first: int          # first token of the response
-    last: int           # one past its last token
+    stop: int           # one past its last token
     eot: int            # the end-of-turn token
     notes: tuple = ()   # what is not read as it was written, sentences
-
-
-# ---------------------------------------------------------------- what files hold → messages
-
-ROLES = {"human": "user", "prompter": "user", "instruction": "user", "gpt": "assistant",
-         "bot": "assistant", "model": "assistant", "ai": "assistant", "chatgpt": "assistant",
-         "response": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
-# fields of a message that no model reads; any other has to stand in what the template prints
-NOT_READ = {"id", "message_id", "parent_id", "index", "timestamp", "date", "created_at", "language",
-            "lang", "model", "weight", "train", "loss", "score", "rating", "type"}
-
-
-def messages_of(value):
-    """What a cell or a JSON value holds → a text, or a list of messages {role, content, …}.
-
-    Read: messages or one alone, role and content or from and value, {role: […], content: […]}, and
-    all of this written down as JSON or as Python prints it. Other lists and None stay as they are.
-    Errors: Unreadable.
-    """
-    if isinstance(value, str):
-        value = decoded(value)
-    if isinstance(value, dict):
-        value = messages_of_columns(value)
-    if isinstance(value, (list, tuple)):
-        value = list(value)
-        if any(isinstance(item, dict) for item in value):
-            value = [message_of(item) for item in value]
-    return value
-
-
-def decoded(text):
-    """A text that is a written-down list of messages → that list; any other → the text."""
-    begins = re.match(r"""\s*(array\()?[\[({]\s*[\[({]?\s*(?=["'])""", text)
-    keys = [re.search(rf"""["']({names})["']\s*:""", text)
-            for names in ("role|from", "content|value")]
-    if not begins or None in keys:
-        return text
-    for decode in (json.loads, ast.literal_eval):
-        try:
-            return decode(text.strip())
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-    raise Unreadable("looks like a list of messages but is neither JSON nor Python")
-
-
-def messages_of_columns(table):
-    """{role: [a, b], content: [c, d]} → [{role: a, content: c}, …]; one message → [it]."""
-    if not all(isinstance(column, (list, tuple)) for column in table.values()):
-        return [table]
-    if len({len(column) for column in table.values()}) != 1:
-        raise Unreadable("lists of roles and contents of different lengths")
-    return [dict(zip(table, cells)) for cells in zip(*table.values())]
-
-
-def message_of(raw):
-    """One message as it stands in a file → {role, content, other fields that are not empty}."""
-    if not isinstance(raw, dict):
-        raise Unreadable("messages without role and content")
-    role = raw.get("role", raw.get("from"))
-    content = raw.get("content", raw.get("value"))
-    names = {"role", "from", "content", "value"} | NOT_READ
-    fields = {name: value for name, value in raw.items()
-              if name not in names and value not in (None, "", [], {})}
-    if not isinstance(role, str):
-        raise Unreadable("messages without role and content")
-    if content is None and ("tool_calls" in fields or "function_call" in fields):
-        content = ""                    # a call needs no words
-    role = ROLES.get(role.strip().lower(), role)
-    return {"role": role, "content": text_of_parts(content), **fields}
-
-
-def text_of_parts(content):
-    """The content of a message: a text, or parts [{type: text, text}] → text."""
-    if isinstance(content, dict):
-        content = [content]
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, (list, tuple)):
-        raise Unreadable("messages without role and content")
-    texts = []
-    for part in content:
-        kind = part.get("type", "text") if isinstance(part, dict) else "text"
-        text = part.get("text") if isinstance(part, dict) else part
-        if kind != "text" or not isinstance(text, str):
-            raise Unreadable(f"a part of type {kind} in a message: only text is read")
-        texts.append(text)
-    return "\n".join(texts)
-
-
-def with_last_turn(prompt, response):
-    """A prompt and a response of one or more messages → (prompt with the first of them, last text).
-
-    An agent's answer stands behind its calls and what the tools said. Errors: Unreadable.
-    """
-    before, answer = context_and_answer(messages_of(response))
-    if before:
-        prompt = messages_of(prompt)
-        check_prompt(prompt)
-        prompt = [*as_turns(prompt), *before]
-    return prompt, answer
-
-
-def as_turns(prompt):
-    """A prompt, text or messages → messages."""
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-
-
-def context_and_answer(side):
-    """A text, or messages that end with an answer → (messages before it, its text)."""
-    if not isinstance(side, list):
-        return [], side
-    if not is_conversation(side):
-        raise Unreadable("messages without role and content")
-    *before, last = side
-    if last["role"] != "assistant":
-        raise Unreadable("the answer is not an assistant turn")
-    for name in last.keys() - {"role", "content"}:
-        raise Unreadable(f"the answer has {name}, which is not read: only its text is scored")
-    return before, last["content"]
-
-
-def is_conversation(messages):
-    """Is this list one of messages with role and content, at least one?"""
-    def is_message(message):
-        if not isinstance(message, dict):
-            return False
-        return isinstance(message.get("content"), str) and isinstance(message.get("role"), str)
-    return bool(messages) and all(is_message(message) for message in messages)
-
-
-# a speaker's name and a colon, as in "Human: …" or "### Assistant: …"
-SPEAKER = rf"(?:#+[ ]*)?({'|'.join(ROLES)})[ ]*:"
-
-
-def turns_of_transcript(text):
-    """A dialogue written as one text → messages, or None where it is none.
-
-    It begins with a speaker's name, and both sides speak. hh-rlhf writes
-
-        \\n\\nHuman: Is water wet?\\n\\nAssistant: Yes, it is.
-
-    Others write a speaker a line, or all in one line: names count only behind the widest gap that
-    shows both sides, so that "Assistant:" within an answer is a part of it.
-    """
-    text = text.replace("\r\n", "\n").strip()
-    if not re.match(SPEAKER, text, re.IGNORECASE):
-        return None
-    for gap in (r"\n[ ]*\n\s*", r"\n\s*", r"\s+"):
-        _, *parts = re.split(rf"(?:^|{gap}){SPEAKER}", text, flags=re.IGNORECASE)
-        turns = [{"role": ROLES[name.lower()], "content": said.strip()}
-                 for name, said in zip(parts[0::2], parts[1::2])]
-        if {"user", "assistant"} <= {turn["role"] for turn in turns}:
-            return turns
-    return None
 
 
 # ---------------------------------------------------------------- one conversation → token ids
@@ -232,26 +72,8 @@ def prompt_ids(tokenizer, prompt):
     turns = clean_turns(tokenizer, as_turns(prompt))
     check_rendering(tokenizer, [*turns, {"role": "assistant", "content": "a"}])
     text = chat_string(tokenizer, turns, add_generation_prompt=True)
+    check_text(text, "prompt")
     return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def check_prompt(prompt):
-    """Refuse what is neither a text nor messages. Errors: Unreadable."""
-    if not isinstance(prompt, (list, tuple)):
-        check_text(prompt, "prompt")
-    elif not is_conversation(prompt):
-        raise Unreadable("prompt messages without role and content")
-    else:
-        for turn in prompt:
-            check_text(turn["content"], "prompt")
-
-
-def check_text(text, what):
-    """Refuse what no tokenizer takes. Errors: Unreadable."""
-    if not isinstance(text, str):
-        raise Unreadable(f"the {what} is no text but {type(text).__name__}")
-    if re.search("[\ud800-\udfff]", text):
-        raise Unreadable(f"half of a UTF-16 pair in the {what}, which no tokenizer takes")
 
 
 def clean_turns(tokenizer, turns):
@@ -270,25 +92,26 @@ def clean_turns(tokenizer, turns):
 def render_turns(tokenizer, turns, response):
     """Messages + response → Text."""
     full = chat_string(tokenizer, [*turns, {"role": "assistant", "content": response}])
-    start, stop = place_of_response(tokenizer, turns, full)
+    check_text(full, "conversation")                                # its fields too
+    begins, ends = place_of_response(tokenizer, turns, full)        # of characters
     encoded = tokenizer(full, add_special_tokens=False, return_offsets_mapping=True)
     ids = encoded["input_ids"]
     offsets = encoded["offset_mapping"]             # (first character, one past the last) a token
 
-    inside = [n for n, (begin, end) in enumerate(offsets) if begin < stop and end > start]
+    inside = [n for n, (begin, end) in enumerate(offsets) if begin < ends and end > begins]
     if inside:
-        first, last = inside[0], inside[-1] + 1
+        first, stop = inside[0], inside[-1] + 1
     else:                                           # an empty response: read the token before it
-        last = max(1, sum(end <= start for _, end in offsets))
-        first = last - 1
+        stop = max(1, sum(end <= begins for _, end in offsets))
+        first = stop - 1
 
     _, control_ids = control_tokens(tokenizer)
-    behind = [n for n in range(last, len(ids)) if ids[n] in control_ids]
+    behind = [n for n in range(stop, len(ids)) if ids[n] in control_ids]
     eot = behind[0] if behind else len(ids) - 1
     notes = ()
     if not all(text.strip() in full for text in [response, *(turn["content"] for turn in turns)]):
         notes = ("the chat template changes a text, for example cuts thoughts out of it",)
-    return Text(ids, first, last, eot, notes)
+    return Text(ids, first, stop, eot, notes)
 
 
 def place_of_response(tokenizer, turns, full):
@@ -340,12 +163,17 @@ def check_rendering(tokenizer, turns):
     role = lost_role(tokenizer, tuple(turn["role"] for turn in turns))
     if role:
         raise Unreadable(f"the chat template does not render a turn of role {role} at this place")
+    whole = None
     for n, turn in enumerate(turns):
-        for name in turn.keys() - {"role", "content"}:
+        for name in turn.keys() - MAY_BE_LEFT_OUT:
+            whole = whole or chat_string(tokenizer, turns)
             without = {key: value for key, value in turn.items() if key != name}
-            if chat_string(tokenizer, turns) == string_or_none(
-                    tokenizer, [*turns[:n], without, *turns[n + 1:]]):
+            if whole == string_or_none(tokenizer, [*turns[:n], without, *turns[n + 1:]]):
                 raise Unreadable(f"the chat template does not render {name} of a message")
+
+
+# every message has the first two; the last only tells which call a tool answers
+MAY_BE_LEFT_OUT = {"role", "content", "tool_call_id"}
 
 
 def string_or_none(tokenizer, messages):
@@ -448,7 +276,7 @@ class RenderedTexts:
         """Append some texts."""
         self.file.seek(0, os.SEEK_END)
         for text in texts:
-            record = np.array([len(text.ids), text.first, text.last, text.eot, *text.ids],
+            record = np.array([len(text.ids), text.first, text.stop, text.eot, *text.ids],
                               dtype=np.int32)
             self.file.write(record.tobytes())
 
@@ -457,8 +285,8 @@ class RenderedTexts:
         self.file.seek(self.place)
         texts = []
         for _ in range(count):
-            length, first, last, eot = np.frombuffer(self.file.read(16), np.int32).tolist()
+            length, first, stop, eot = np.frombuffer(self.file.read(16), np.int32).tolist()
             ids = np.frombuffer(self.file.read(4 * length), np.int32).tolist()
-            texts.append(Text(ids, first, last, eot))
+            texts.append(Text(ids, first, stop, eot))
         self.place = self.file.tell()
         return texts

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import signal
 import sys
 import traceback
@@ -17,6 +18,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from parts.contents import what_is_wrong, wrong_numbers
+
 
 class UserError(ValueError):
     """Something the user can mend; its text is `what is wrong · where · what to do`."""
@@ -24,8 +27,12 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def moved_into_place(path):
-    """Gives a temporary path, moved to `path` at the end: a kill leaves the old file or the new."""
+    """Gives a temporary path, moved to `path` at the end: a kill leaves the old file or the new.
+
+    Folders that it had to make go again where nothing came to lie in them.
+    """
     path = Path(path)
+    new_folders = [folder for folder in path.parents if not folder.exists()]    # the deepest first
     path.parent.mkdir(parents=True, exist_ok=True)
     # a process id would not do: two containers may share it
     part = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
@@ -39,6 +46,9 @@ def moved_into_place(path):
             os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):      # not empty: something does lie there
+            for folder in new_folders:
+                folder.rmdir()
 
 
 @contextlib.contextmanager
@@ -62,19 +72,52 @@ def save_stage(path, tensors, meta):
 
 
 def read_meta(path, made_by="an earlier stage", stage=None):
-    """The settings and parents recorded in a stage file, of stage `stage` if given → dict."""
+    """The settings and parents recorded in a stage file, of stage `stage` if given → Settings.
+
+    The file's tensors are checked too, by the header alone: names, types and shapes.
+    """
     try:
-        with safe_open(path, "pt") as file:
-            meta = dict(json.loads((file.metadata() or {})["sparserm"]))
+        table, tensors = read_header(path)
     except FileNotFoundError:
         raise UserError(f"file not found · {path} · run {made_by} first, or name the "
                         "right folder or file") from None
-    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError):
+    except (SafetensorError, KeyError, ValueError, TypeError, RecursionError):
         raise UserError(f"not a complete stage file · {path} · "
                         f"delete it and run {made_by} again") from None
+    advice = f"{path} · it is damaged or of another version: delete it and run {made_by} again"
+    meta = Settings(table, advice)
     if stage and meta.get("stage") != stage:
         raise UserError(f"not a file of stage {made_by[1]} · {path} · run {made_by} again")
+    wrong = what_is_wrong(meta, tensors)
+    if wrong:
+        raise UserError(f"{wrong} · {advice}")
     return meta
+
+
+def read_header(path):
+    """→ (settings, {tensor: (type, shape)}) of a stage file, without reading its numbers."""
+    with safe_open(path, "pt") as file:
+        table = dict(json.loads((file.metadata() or {})["sparserm"]))
+        tensors = {}
+        for name in file.keys():
+            tensor = file.get_slice(name)
+            tensors[name] = (tensor.get_dtype(), tensor.get_shape())
+    return table, tensors
+
+
+class Settings(dict):
+    """Settings of a stage file; one that is asked for and missing is an error with a cause."""
+
+    def __init__(self, table, advice):
+        """advice: where · what to do."""
+        super().__init__(table)
+        self.advice = advice
+        for name, value in self.items():
+            if isinstance(value, dict):
+                self[name] = Settings(value, advice)        # parent, settings
+
+    def __missing__(self, name):
+        raise UserError(f"setting {name} is missing · {self.advice}")
 
 
 def up_to_date(path, wanted):
@@ -90,7 +133,11 @@ def load_stage(path, made_by="an earlier stage", stage=None):
     """→ (tensors, metadata) of a stage file."""
     meta = read_meta(path, made_by, stage)
     with safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, meta
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    wrong = wrong_numbers(tensors)
+    if wrong:
+        raise UserError(f"{wrong} · {meta.advice}")
+    return tensors, meta
 
 
 def check_finite(table, where):
@@ -112,7 +159,8 @@ def write_text(path, text):
 
 def write_rows(path, rows):
     """Write a JSONL file."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
+    write_text(path, "".join(lines))
 
 
 def read_json_rows(path):
@@ -134,8 +182,20 @@ def hash_once(path, *state):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+# ---------------------------------------------------------------- the end of a command
+
+READER_GONE = 141       # what a shell reports of a command that SIGPIPE has ended
+
+
 def run_main(main, *errors):
-    """Call main(); an error becomes one line and exit code 2 (--debug: the traceback)."""
+    """Call main(). An error becomes one line and exit code 2, or its traceback with --debug.
+
+    errors: further types whose text says what, where and what to do. Ctrl-C ends with one line and
+    130. Where the reader of the output goes away (`| head`), the command ends at its next line
+    without a word, with 141. In both cases finished files stay, and the same command goes on.
+    """
+    debug = "--debug" in sys.argv
+    sys.argv = [word for word in sys.argv if word != "--debug"]         # at any place in the line
     stopped = []
     before = signal.getsignal(signal.SIGINT)
 
@@ -148,19 +208,36 @@ def run_main(main, *errors):
         signal.signal(signal.SIGINT, stop)
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        sys.exit(READER_GONE)
     except (Exception, KeyboardInterrupt) as error:
         if stopped or isinstance(error, KeyboardInterrupt):
-            print("\nstopped · finished files are kept · the same command goes on from there",
-                  file=sys.stderr)
+            tell("\nstopped · finished files are kept · the same command goes on from there")
             sys.exit(130)
-        if "--debug" in sys.argv:
+        if debug:
             raise
-        one_line = " ".join(message_of(error, errors).split())
-        print(f"error: {one_line}", file=sys.stderr)
+        tell("error: " + " ".join(message_of(error, errors).split()))
         sys.exit(2)
     finally:
         if ours:
             signal.signal(signal.SIGINT, before)
+        let_go_of_broken_pipes()
+
+
+def tell(line):
+    """A line on stderr, if anybody reads it."""
+    with contextlib.suppress(BrokenPipeError):
+        print(line, file=sys.stderr)
+
+
+def let_go_of_broken_pipes():
+    """What nobody reads any more goes nowhere: Python would try once more at exit, and complain."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def message_of(error, errors):
@@ -170,7 +247,14 @@ def message_of(error, errors):
     if isinstance(error, OSError):
         return (f"{error.strerror or error} · {error.filename or 'input or output'} · "
                 "check the path, the rights and the free space")
-    line = traceback.extract_tb(error.__traceback__)[-1]  # no check names it, or a fault of ours
-    return (f"unexpected {type(error).__name__}: {error} · "
-            f"{Path(line.filename).name}, line {line.lineno} · "
-            "a file of the run may be damaged: make it again; --debug shows more")
+    line = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{Path(line.filename).name}, line {line.lineno}"
+    if isinstance(error, (MemoryError, RuntimeError)) and NO_MEMORY.search(repr(error)):
+        return (f"out of memory ({error}) · {place} · "
+                "fewer or shorter texts, a smaller model or SAE, or more memory")
+    return (f"unexpected {type(error).__name__}: {error} · {place} · "
+            "a fault of the script, or a case that it does not know: run it again with --debug, "
+            "and report what that prints")
+
+
+NO_MEMORY = re.compile("MemoryError|can't allocate memory|out of memory")

@@ -67,11 +67,7 @@ def accuracy_plot(axes, accuracy):
 
 def curve_plot(axes, curve, label):
     """Accuracy against K or the number of train pairs, a band for SparseRM and for random
-    directions.
-
-    A tie counts half: a head that dev stopped before its first step says nothing, and is a coin,
-    not always wrong.
-    """
+    directions. A tie counts as wrong, as in the tables."""
     for name in IN_CURVE:
         if name not in curve:
             continue
@@ -127,8 +123,11 @@ def best_of_plot(axes, curve):
 CURVES = {"k": "K, directions a side", "pairs": "train pairs"}
 
 
-def write_page(result, run):
-    """Pictures and report.html of a run → names of the files written."""
+def write_page(result, run, names=None):
+    """Pictures and report.html of a run → names of the files written.
+
+    names: {latent: {name, right, tasks}}, as contexts.read_names() gives them.
+    """
     run = Path(run)
     images = {
         "accuracy": picture(run / "accuracy.png", accuracy_plot, result["accuracy"]),
@@ -148,7 +147,8 @@ def write_page(result, run):
     if not images:
         print("note: no pictures, matplotlib is missing: pip install matplotlib")
 
-    data = json.dumps({"evaluation": result, "images": images}, sort_keys=True, ensure_ascii=False)
+    data = json.dumps({"evaluation": result, "images": images, "names": names or {}},
+                      sort_keys=True, ensure_ascii=False)
     data = data.replace("<", "\\u003c")         # no </script> within it can end the script
     write_text(run / "report.html", TEMPLATE.read_text("utf-8").replace("__DATA__", data))
     return ["report.html", *(f"{name}.png" for name in images)]
@@ -283,8 +283,11 @@ def print_k_curve(curve):
         print("  at no K clearly above random directions")
 
 
-def print_report(folder, result, written, name=None):
-    """What stage 4 prints: the head on the test split, the verdict, the tables."""
+def print_report(folder, result, written, name=None, names=None):
+    """What stage 4 prints: the head on the test split, the verdict, the tables.
+
+    name: of the head; names: of latents, as contexts.read_names() gives them.
+    """
     if result["test"]:
         test = result["test"]
         print(f"\nthis head, test split, {test['n']} pairs of {test['groups']} prompts: "
@@ -306,6 +309,8 @@ def print_report(folder, result, written, name=None):
                   f" {row['n']} pairs")
     for other, rows in result["other"].items():
         print_accuracy(f"{other}, by heads of this set", rows)
+    if names:
+        print_names(result["latents"], names)
 
     cost = result["cost"]
     print()
@@ -318,6 +323,10 @@ def print_report(folder, result, written, name=None):
     print(f"parameters   {cost['trained_parameters']:,} trained (K = {result['run']['k']} a side), "
           f"{cost['share']:.1e} of the backbone")
     print(f"written      {folder}/evaluation.json, {', '.join(written)}")
+    directions = result.get("quiz", {}).get("directions", [])
+    if directions:
+        print(f"quiz         name {len(directions)} directions and test the names, in "
+              f"{folder}/report.html#quiz; --names takes the file that it saves")
     for text in result["sae"]["warnings"]:
         print("note: SAE:", text)
 
@@ -327,6 +336,31 @@ def print_report(folder, result, written, name=None):
     print(f"      python 04_evaluate.py {run} --explain {example}")
     print("      python 05_best_of_n.py sample --prompts data/prompts.jsonl "
           f"--reward {folder}/reward_head.safetensors")
+
+
+MOST_NAMES = 20
+
+
+def print_names(rows, names):
+    """The latents of a head that have a name, in the order of `rows`, with their score."""
+    named = [row for row in rows if row["latent"] in names]
+    if named:
+        print("\n  latent  side      adds where it fires   name")
+    for row in named[:MOST_NAMES]:
+        print(f"  {row['latent']:>6}  {row['side']:<8}  {row['adds_firing']:>+19.4f}   "
+              f"{name_text(names[row['latent']])}")
+    if len(named) > MOST_NAMES:
+        print(f"  {len(named) - MOST_NAMES:>6}  more have a name")
+    others = len(names) - len(named)
+    if others:
+        print(f"note: {others} of the {len(names)} names are of latents that this head does not "
+              "use")
+
+
+def name_text(found):
+    """{name, right, tasks} → the commas (7 of 10 right)."""
+    score = f" ({found['right']} of {found['tasks']} right)" if found["tasks"] else ""
+    return f"{found['name'] or 'no name'}{score}"
 
 
 def print_curve(out, result, rows, top, drawn):

@@ -1,4 +1,4 @@
-"""Rows of data files: preference pairs in any of the usual layouts, prompts, candidates.
+"""Rows of data files, and the preference pairs in them, in any of the usual layouts.
 
     for where, row in read_rows("pairs.jsonl"):             where: file and line, for messages
         for prompt, chosen, rejected in pairs_of_row(row):  prompt: text, or messages
@@ -11,22 +11,24 @@ import itertools
 import json
 import math
 import os
-import sys
+import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from parts.chat import (
+from parts.chat import render
+from parts.files import UserError
+from parts.messages import (
     Unreadable,
     as_turns,
+    check_asks,
     check_prompt,
     check_text,
     context_and_answer,
     messages_of,
-    render,
+    read_prompt,
     turns_of_transcript,
 )
-from parts.files import UserError
 from parts.models import await_hub
 
 ACCEPTED = ("prompt, chosen, rejected | chosen, rejected | question, mc1_targets or mc2_targets | "
@@ -56,12 +58,21 @@ def read_rows(path):
     with open_file(path, "rb") as raw:
         text = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
         try:
-            yield from reader(text, path)
+            for where, row in reader(text, path):
+                yield where, without_nan(row)
         except UserError:
             raise
         except UNREADABLE as error:
             raise UserError(f"not readable as {suffix[1:]} ({error}) · {path} · "
                             "mend or convert the file") from None
+
+
+def without_nan(row):
+    """A row whose empty cells are None: pandas writes NaN."""
+    if not isinstance(row, dict):
+        return row
+    return {name: None if isinstance(value, float) and math.isnan(value) else value
+            for name, value in row.items()}
 
 
 UNREADABLE = (ValueError, csv.Error, gzip.BadGzipFile, EOFError, zlib.error, RecursionError)
@@ -79,8 +90,10 @@ def read_table(text, path):
 
     The header decides between comma, semicolon and tab.
     """
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(2**31 - 1)
     first_line = text.readline()
+    if first_line.strip().startswith("sep="):           # as Excel writes it
+        first_line = text.readline()
     delimiter = max(",;\t", key=first_line.count)
     table = csv.reader(itertools.chain([first_line], text), delimiter=delimiter, strict=True)
     header = [name.strip() for name in next(table, [])]
@@ -151,7 +164,7 @@ def read_hub(name):
         raise UserError(f"datasets could not read it ({reason}) · {name} · "
                         "check the name, the split and the connection") from None
     for n, row in enumerate(rows):
-        yield f"{name}[{n}]", row
+        yield f"{name}[{n}]", without_nan(row)
 
 
 # ---------------------------------------------------------------- rows → pairs
@@ -161,8 +174,12 @@ PROMPTS = ("prompt", "question", "instruction", "query", "conversations", "conve
            "messages")
 SYSTEM = ("system", "system_prompt", "system_message")
 # they change what the model would see, and are not read: named, with a count
-CONTEXT = {"tools", "functions", "image", "images", "audio", "audios", "video", "videos",
-           "document", "documents", "context", "history"}
+CONTEXT = ("tools", "functions", "image", "audio", "video", "document", "context", "history",
+           "input")
+# what stage 5 writes beside candidates
+OF_CANDIDATES = {"candidates", "response", "labels", "ids", "scores", "outside", "reasons", "best",
+                 "ranking", "reward", "policy", "models", "settings"}
+SHORT = 40      # characters of a label
 # they say something of the pair, and are no part of the conversation
 ABOUT = {"id", "source", "category", "subset", "dataset", "split", "language", "lang", "model",
          "chosen_model", "rejected_model", "type", "label", "rating", "score", "url", "license"}
@@ -212,7 +229,7 @@ def pairs_of_pku(row, label):
         raise UserError("this layout holds two labels · "
                         "columns safer_response_id, better_response_id · "
                         "pass --label safer or --label better")
-    best = str(row[f"{label}_response_id"]).strip()
+    best = str(row[f"{label}_response_id"]).strip().removesuffix(".0")
     if best not in ("0", "1"):
         raise Unreadable("no label")
     chosen, rejected = row[f"response_{best}"], row[f"response_{1 - int(best)}"]
@@ -221,8 +238,10 @@ def pairs_of_pku(row, label):
 
 def pairs_of_trl(row):
     """chosen and rejected, with a prompt (explicit) or without (implicit: what both begin with)."""
-    chosen = messages_of(row["chosen"])
-    rejected = messages_of(row["rejected"])
+    chosen, rejected = messages_of(row["chosen"]), messages_of(row["rejected"])
+    if isinstance(chosen, str) != isinstance(rejected, str):    # one only looks like messages
+        chosen = row["chosen"] if isinstance(row["chosen"], str) else chosen
+        rejected = row["rejected"] if isinstance(row["rejected"], str) else rejected
     name, prompt = prompt_of_row(row)
     if isinstance(chosen, list) and chosen and isinstance(chosen[0], str):
         return pairs_of_lists(prompt, chosen, rejected)
@@ -250,22 +269,16 @@ def pairs_of_lists(prompt, chosen, rejected):
 def prompt_of_row(row):
     """→ (name of the column that holds the prompt or None, the prompt: text, messages or empty).
 
-    Alpaca splits it into instruction and input. A dialogue written as one text becomes messages.
+    Alpaca splits it into instruction and input.
     """
     there = [name for name in PROMPTS if row.get(name) not in (None, "", [])]
     if not there:
         return next((name for name in PROMPTS if name in row), None), None
     name = there[0]
-    prompt = messages_of(row[name])
-    if isinstance(prompt, str):
-        if name == "instruction" and str(row.get("input") or "").strip():
-            prompt = f"{prompt}\n\n{row['input']}"
-        turns = turns_of_transcript(prompt) or []
-        if turns and turns[-1] == {"role": "assistant", "content": ""}:
-            turns.pop()
-        if turns and turns[-1]["role"] == "user":
-            prompt = turns
-    return name, prompt
+    value = row[name]
+    if name == "instruction" and isinstance(value, str) and str(row.get("input") or "").strip():
+        value = f"{value}\n\n{row['input']}"
+    return name, read_prompt(value)
 
 
 def behind_context(row, prompt):
@@ -276,6 +289,9 @@ def behind_context(row, prompt):
         return prompt
     check_prompt(prompt)
     turns = as_turns(prompt)
+    said = [turn for turn in turns if turn["role"] != "system"]
+    if said[:len(before)] == before:            # it is in the conversation too
+        before = []
     if system:
         system = {"role": "system", "content": system}
         own = [turn for turn in turns if turn["role"] == "system"]
@@ -322,7 +338,9 @@ def split_explicit(prompt, chosen, rejected):
         return as_plain(prompt, before), answer, answer_rejected
     if any(turn["role"] == "user" for turn in before):
         raise Unreadable("the conversation does not hold the prompt")
-    return [*turns, *before], answer, answer_rejected
+    system = [turn for turn in before if turn["role"] == "system"]
+    rest = [turn for turn in before if turn["role"] != "system"]
+    return [*system, *turns, *rest], answer, answer_rejected
 
 
 def holds(conversation, turns):
@@ -375,7 +393,9 @@ def split_implicit(row, chosen, rejected):
         return split_common_text(chosen, rejected)
     before, answer = context_and_answer(chosen)
     before_rejected, answer_rejected = context_and_answer(rejected)
-    if before != before_rejected or answer == answer_rejected:
+    if answer == answer_rejected and before == before_rejected:
+        raise Unreadable("chosen and rejected are the same conversation")
+    if before != before_rejected:
         raise Unreadable("the two conversations part before the last turn")
     return before, answer, answer_rejected
 
@@ -399,17 +419,26 @@ def refuse_unknown_text(row):
 def unread_columns(row):
     """Names of the columns of a row that hold text and are no part of what is read."""
     name_of_prompt, _ = prompt_of_row(row)
-    read = {name_of_prompt, "chosen", "rejected", "response_0", "response_1", *SYSTEM, *ABOUT}
+    read = {name_of_prompt, "chosen", "rejected", *OF_CANDIDATES}
+    read |= set([name for name in SYSTEM if row.get(name)][:1])
+    if "chosen" not in row:
+        read |= {"response_0", "response_1", "mc1_targets", "mc2_targets"}
     if name_of_prompt == "instruction":
         read.add("input")
     if history_of(row):
         read.add("history")
-    unread = []
-    for name, value in row.items():
-        holds_text = isinstance(value, (list, dict)) or (isinstance(value, str) and " " in value)
-        if name not in read and value and (holds_text or name in CONTEXT):
-            unread.append(str(name))
-    return unread
+    return [str(name) for name, value in row.items()
+            if name not in read and value and may_be_context(str(name), value)]
+
+
+def may_be_context(name, value):
+    """Could this column change what the model would see? Numbers, marks and short labels cannot."""
+    if any(word in name.lower() for word in CONTEXT):
+        return True
+    if isinstance(value, str):
+        is_text = " " in value or not value.isascii()
+        return is_text and not (name in ABOUT and len(value) < SHORT)
+    return isinstance(value, (list, dict)) and name not in ABOUT
 
 
 def pairs_or_reason(row, label=None, first=None):
@@ -469,11 +498,25 @@ def usable_pairs(tokenizer, row, label, max_length, first=None):
 def notes_on(row, prompt, texts):
     """What a reader of the data should know of how this row is read → sentences, each once."""
     notes = [f"column {name} is not read" for name in unread_columns(row)]
-    if prompt_of_row(row)[0] is None and not both_transcripts(row["chosen"], row["rejected"]):
+    name, _ = prompt_of_row(row)
+    plain = isinstance(row.get("chosen"), str) and not both_transcripts(row["chosen"],
+                                                                        row["rejected"])
+    if name is None and plain:
         notes.append("no prompt column: the prompt is what chosen and rejected both begin with")
     if repeat_prompt(prompt, row.get("chosen"), row.get("rejected")):
         notes.append("both answers begin with the prompt, which is read once")
+    texts_of_row = [value for value in (row.get(name), row.get("chosen"))
+                    if isinstance(value, str)]
+    if any(turns_of_transcript(text) for text in texts_of_row):
+        in_turns = isinstance(prompt, list)
+        notes.append("a dialogue in one text is read as " + ("turns" if in_turns else "one turn"))
+    if any(re.search(OTHER_MARKS, text) for text in texts_of_row):
+        notes.append("a text holds marks of a chat template, which are read as plain text")
     return tuple(dict.fromkeys([*notes, *texts[0].notes, *texts[1].notes]))
+
+
+# of templates that someone has put around a text already
+OTHER_MARKS = r"<\|im_start\|>|\[INST\]|<start_of_turn>|<\|start_header_id\|>|### Instruction:"
 
 
 def check_pair(prompt, chosen, rejected):
@@ -482,17 +525,9 @@ def check_pair(prompt, chosen, rejected):
         raise Unreadable("an empty or non-text response")
     for side in (chosen, rejected):
         check_text(side, "response")
-    if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+    if not prompt:
         raise Unreadable("an empty or non-text prompt")
-    check_prompt(prompt)
-    if not isinstance(prompt, list):
-        return
-    if prompt[-1]["role"] == "assistant":
-        raise Unreadable("the prompt ends with an assistant turn")
-    for turn in prompt:
-        is_call = turn.keys() - {"role", "content"}
-        if turn["role"] == "assistant" and not turn["content"].strip() and not is_call:
-            raise Unreadable("an empty assistant turn")
+    check_asks(prompt)
 
 
 def render_both(tokenizer, prompt, chosen, rejected, max_length):
@@ -501,106 +536,3 @@ def render_both(tokenizer, prompt, chosen, rejected, max_length):
     if texts[0].ids == texts[1].ids:
         raise Unreadable("both sides are the same token sequence")
     return texts
-
-
-# ------------------------------------------------------------- prompts and candidates, for stage 5
-
-# columns of a row of candidates that hold something for each of them
-EACH = ("candidates", "labels", "ids", "scores", "outside")
-
-
-def are_numbers(values, count):
-    """Is it a list of so many finite numbers?"""
-    if not isinstance(values, list) or len(values) != count:
-        return False
-    return all(isinstance(number, (int, float)) and math.isfinite(number) for number in values)
-
-
-def prompt_to_answer(row):
-    """The prompt of a row: a text or messages, behind its system turn and history.
-
-    Errors: Unreadable.
-    """
-    if isinstance(row, OddRow):
-        raise Unreadable(row.reason)
-    if not isinstance(row, dict):
-        raise Unreadable("not a JSON object")
-    _, prompt = prompt_of_row(row)
-    if not prompt or (isinstance(prompt, str) and not prompt.strip()):
-        raise Unreadable("no prompt in this row")
-    prompt = behind_context(row, prompt)
-    check_prompt(prompt)
-    return prompt
-
-
-def read_prompts(path, check=check_prompt):
-    """Prompts of a file, each once, in order → (prompts, {where: why a row has none}).
-
-    check: raises Unreadable for what cannot be answered.
-    """
-    found = {}
-    reasons = {}
-    for where, row in read_rows(path):
-        try:
-            prompt = prompt_to_answer(row)
-            check(prompt)
-            found.setdefault(json.dumps(prompt), prompt)
-        except Unreadable as reason:
-            reasons[where] = str(reason)
-    if not found:
-        where, reason = next(iter(reasons.items()), (path, "no prompts"))
-        raise UserError(f"{reason} · {where} · rows need a prompt (text or messages)")
-    return list(found.values()), reasons
-
-
-def read_candidates(path):
-    """Rows {prompt, candidates[, labels]} or {prompt, response[, id, labels]} → list of the former.
-
-    One prompt in several rows is one prompt. One that cannot be read stays as it is: its candidates
-    will get no score.
-    """
-    rows = {}                                   # by prompt
-    for where, raw in read_rows(path):
-        row = with_lists(raw, where)
-        try:
-            row["prompt"] = prompt_to_answer(raw)
-        except Unreadable as reason:
-            if row.get("prompt") is None:
-                raise UserError(f"{reason} · {where} · rows need a prompt") from None
-        key = json.dumps(row["prompt"])
-        rows[key] = joined(rows[key], row, where) if key in rows else row
-    if not rows:
-        raise UserError(f"no candidates · {path} · "
-                        "rows need prompt and candidates, or prompt and response")
-    return list(rows.values())
-
-
-def with_lists(raw, where):
-    """A row with one response, or with candidates → {candidates: […], labels: […], …}, checked."""
-    row = dict(raw) if isinstance(raw, dict) else {}
-    if "response" in row and "candidates" not in row:
-        row["candidates"] = [row.pop("response")]
-        row["ids"] = [row.pop("id", None)]
-        if "labels" in row and not isinstance(row["labels"], list):
-            row["labels"] = [row["labels"]]
-    texts = row.get("candidates")
-    if not isinstance(texts, list) or not texts:
-        raise UserError("not a row of candidates · "
-                        f"{where} · needs prompt and candidates, at least one, or prompt and "
-                        "response")
-    if "labels" in row and not are_numbers(row["labels"], len(texts)):
-        raise UserError(f"labels must be numbers, one for each of the {len(texts)} candidates · "
-                        f"{where} · mend this row")
-    return row
-
-
-def joined(row, more, where):
-    """Two rows of one prompt → one. What only one of them has for its candidates is left out."""
-    if ("labels" in row) != ("labels" in more):
-        raise UserError(f"labels for some of a prompt's candidates only · {where} · "
-                        "add the others, or leave them all out")
-    if row.get("reward") != more.get("reward"):         # scores of different heads
-        row = {name: value for name, value in row.items() if name != "scores"}
-    both = {name: [*row[name], *more[name]] for name in EACH if name in row and name in more}
-    rest = {name: value for name, value in row.items() if name not in EACH}
-    return {**rest, **both}

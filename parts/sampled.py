@@ -89,7 +89,7 @@ def reason_against(reward, n, text, first, sampled):
     prompt = sampled.prompt_of(n)
     if text.ids[:len(prompt)] != prompt:
         return "the template renders the prompt differently"
-    if text.ids[len(prompt):text.last] != row:
+    if text.ids[len(prompt):text.stop] != row:
         return "tokenised anew it differs"
     if reward.meta["token"] == "mean":
         return None
@@ -97,7 +97,7 @@ def reason_against(reward, n, text, first, sampled):
         return "the model does not honour a 4D mask"
     if getattr(reward.backbone.model.config.get_text_config(), "sliding_window", None):
         return "a sliding window evicts keys"
-    if text.ids[text.last:] != first.ids[first.last:]:
+    if text.ids[text.stop:] != first.ids[first.stop:]:
         return "another end of the turn"
     return None
 
@@ -113,9 +113,9 @@ def read_end(reward, texts, which, sampled):
     new_ids = []
     places = []                             # of that token in new_ids
     for n, text in zip(which, texts):
-        new_ids.append([sampled.rows[n][-1], *text.ids[text.last:]])
+        new_ids.append([sampled.rows[n][-1], *text.ids[text.stop:]])
         first, _ = reward.token_range(text)
-        places.append(first - (text.last - 1))
+        places.append(first - (text.stop - 1))
     hidden = run_on_cache(reward, new_ids, which, sampled)
     return hidden[range(len(which)), places]
 

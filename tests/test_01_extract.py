@@ -495,7 +495,7 @@ def test_the_shards_of_one_run_hold_what_each_text_gives_alone(side, sharded, ba
             text = chat.render(backbone.tokenizer, row["prompt"], row[side])
             ids = torch.tensor([text.ids])
             [states] = backbone.forward_to([meta["layer"]], input_ids=ids)
-            alone = states[0, text.first:text.last].mean(0)
+            alone = states[0, text.first:text.stop].mean(0)
             if meta["token"] == "last":
                 alone = states[0, -1]
             assert (vector - alone).norm() < 1e-4 * alone.norm()

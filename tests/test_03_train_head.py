@@ -916,7 +916,7 @@ def with_a_second_bos(real):
     def render(tokenizer, *rest):
         text = real(tokenizer, *rest)
         bos = tokenizer.bos_token_id
-        return Text([bos, bos, *text.ids], text.first + 2, text.last + 2, text.eot + 2)
+        return Text([bos, bos, *text.ids], text.first + 2, text.stop + 2, text.eot + 2)
     return render
 
 
@@ -1216,6 +1216,22 @@ TWO_PARTS = [{"type": "text", "text": "Is it"}, {"type": "text", "text": "so?"}]
 def test_a_prompt_is_scored_alike_however_its_messages_are_written(prompt, reward):
     wanted = reward.score(["Is it\nso?"], ["yes"])
     assert reward.score([prompt], ["yes"]) == pytest.approx(wanted, abs=1e-4)
+
+
+def test_a_dialogue_in_one_text_is_scored_as_it_is_read_from_a_file(reward):
+    text = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+    turns = [{"role": role, "content": said}
+             for role, said in (("user", "a"), ("assistant", "b"), ("user", "c"))]
+    wanted = reward.score([turns], ["yes"])
+    assert reward.score([text], ["yes"]) == pytest.approx(wanted, abs=1e-4)
+    assert reward([text], ["yes"]) == pytest.approx(wanted, abs=1e-4)
+
+
+def test_a_text_is_scored_as_it_is_also_if_it_looks_like_messages(reward):
+    text = '[{"role": "assistant", "content": "yes"}]'
+    wanted = reward.score(["a"], [text])
+    assert reward(["a"], [text]) == pytest.approx(wanted, abs=1e-4)
+    assert wanted != pytest.approx(reward.score(["a"], ["yes"]), abs=1e-4)
 
 
 def test_an_empty_response_has_no_score(reward):

@@ -1012,7 +1012,30 @@ def test_every_latent_of_the_head_has_its_row_with_tokens_and_texts(full):
     for row in full["latents"]:
         assert -1 <= row["low"] <= row["high"] <= 1
         assert len(row["tokens"]) > 1
-        assert [len(row["texts"][end]) for end in ("highest", "lowest")] == [2, 2]
+        assert set(row["contexts"]) == {"top", "middle", "none"}
+        assert all(len(windows) <= 2 for windows in row["contexts"].values())
+        assert 0 <= row["agreement"]["both"] <= row["agreement"]["token"] <= 1
+
+
+def test_the_shares_of_all_latents_add_up_to_the_mean_difference_of_the_rewards(full, full_run):
+    reward = stage3.RewardModel.load(full_run / "reward_head.safetensors")
+    data = stage4.Data(full_run)
+    rows = data.split != TEST
+    chosen, rejected = [reward.reward_of(z[rows]) for z in data.z]
+    total = float((chosen - rejected).mean())
+    assert sum(row["adds"] for row in full["latents"]) == pytest.approx(total, abs=1e-4)
+
+
+def test_the_quiz_the_pairs_and_the_answers_are_those_of_the_test_split(full, full_run):
+    data = stage4.Data(full_run)
+    test_ids = {data.pairs[n]["id"] for n in (data.split == TEST).nonzero().flatten().tolist()}
+    assert set(full["pairs"]) <= test_ids
+    assert {row["id"] for end in ("best", "worst") for row in full["answers"][end]} <= test_ids
+    for row in full["latents"]:
+        for windows in row["contexts"].values():
+            assert not test_ids & {window["id"] for window in windows}
+    assert {len(task["snippets"]) for row in full["quiz"]["directions"]
+            for task in row["tasks"]} <= {5}
 
 
 def test_the_wrong_pairs_are_as_many_as_the_accuracy_on_test_says(full):
@@ -1295,7 +1318,8 @@ def test_without_texts_no_language_model_is_opened(run, monkeypatch):
     monkeypatch.setattr(stage1, "load_backbone", not_to_be_called)
     found = evaluate(run, "--sweeps", "none")
     assert found["latents"]
-    assert all(row["tokens"] == [] and row["texts"] == {} for row in found["latents"])
+    assert all(row["tokens"] == [] and "contexts" not in row for row in found["latents"])
+    assert not {"quiz", "pairs"} & set(found)
     assert "blind" not in found["accuracy"]
     assert (run / "report.html").exists()
 

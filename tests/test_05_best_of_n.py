@@ -648,6 +648,53 @@ def test_the_last_message_of_a_candidate_is_scored_behind_the_others(at, reward)
     assert found["scores"] == pytest.approx(reward.score([prompt], ["yes"]), abs=1e-4)
 
 
+UNREADABLE = [      # a row whose prompt cannot be read; why
+    ({"prompt": " ", "candidates": ["b"]}, "no prompt in this row"),
+    ({"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}],
+      "system": "t", "candidates": ["b"]}, "two system turns"),
+    ({"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+      "candidates": ["c"]}, "ends with an assistant turn"),
+]
+
+
+@pytest.mark.parametrize("row, says", UNREADABLE, ids=["blank", "two systems", "answered"])
+def test_candidates_to_a_prompt_that_cannot_be_read_have_no_score(row, says, at):
+    whole, found = done(at, "rank", [CANDIDATES[0], row])
+    assert None not in whole["scores"]
+    assert found["scores"] == [None] and says in found["reasons"][0] and found["best"] is None
+
+
+def test_columns_in_front_of_the_prompt_of_candidates_are_read_once(at):
+    row = {**CANDIDATES[0], "system": "Be brief.", "history": [["q", "a"]]}
+    [found] = done(at, "rank", [row])
+    prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "q"},
+              {"role": "assistant", "content": "a"},
+              {"role": "user", "content": CANDIDATES[0]["prompt"]}]
+    assert found["prompt"] == prompt and not {"system", "history"} & set(found)
+    code, _, err = call(at, "pairs", [found], "--min-margin", -99)
+    assert code == 0, err
+    [pair] = [*read(at.out), *read(at.dropped)]
+    assert pair["prompt"] == prompt
+
+
+def test_pairs_are_built_of_candidates_that_are_messages_of_one_turn(at):
+    texts = CANDIDATES[0]["candidates"]
+    row = {**CANDIDATES[0], "candidates": [[{"role": "assistant", "content": text}]
+                                           for text in texts]}
+    assert done(at, "pairs", [row]) == done(at, "pairs", CANDIDATES[:1])
+
+
+def test_a_column_that_is_not_read_is_noted_by_rank(at):
+    code, out, err = call(at, "rank", [{**CANDIDATES[0], "context": "It rained."}])
+    assert code == 0, err
+    assert "note: column context is not read (1 rows)" in out
+
+
+def test_labels_of_a_table_are_numbers(at):
+    rows = [{**CANDIDATES[0], "labels": [str(label) for label in CANDIDATES[0]["labels"]]}]
+    assert done(at, "rank", rows)[0]["labels"] == CANDIDATES[0]["labels"]
+
+
 def test_candidates_of_one_prompt_in_several_rows_are_ranked_together(at):
     halves = [{**CANDIDATES[0], "candidates": CANDIDATES[0]["candidates"][part],
                "labels": CANDIDATES[0]["labels"][part]} for part in (slice(0, 2), slice(2, 4))]

@@ -91,7 +91,13 @@ BAD_FILES = [
     (PAIRS + " --filter {at}/bad.jsonl", line_of(a=1), "columns not recognised"),
     (PAIRS + " --candidates {at}/bad.jsonl", b"{}\n", "bad.jsonl:1"),
     (TRAIN + "bad.jsonl", b"", "no texts"),
+    (TRAIN + "bad.jsonl", line_of(text="a") * 2, "2 texts are too few"),
+    (TRAIN + "bad.jsonl", line_of(messages=[{"role": "user", "content": "a"}]) * 3, "no texts"),
+    (TRAIN + "bad.jsonl --max-length 2", PAIR * 3, "no text gives a token .* --max-length"),
+    (TRAIN + "pairs.jsonl --start {at}/bad.safetensors", None, "bad.safetensors"),
+    (TRAIN + "pairs.jsonl --out {at}/bad", None, "not the name of a .safetensors file"),
     (CHECK + "bad.jsonl", b"{}\n[1]\n", "rows need text, messages, or"),
+    (CHECK + "bad.jsonl --max-length 2", PAIR, "no text gives a token .* --max-length"),
     ("tools/self_check --run {at}/bad", None, "features.safetensors.*02_select"),
     ("sae info {at}/bad.npz", b"PK\x03\x04", "bad.npz"),
     ("sae info {at}/bad", None, "file not found"),
@@ -118,6 +124,10 @@ BAD_NAMES = [
     (FILTER + "{run}/features.safetensors", "not a reward head"),
     (PAIRS, "--candidates.*--filter"),
     (TRAIN + "pairs.jsonl --layer 9", "layer 9"),
+    (TRAIN + "pairs.jsonl --start {at}/sae.safetensors", "cannot go on .* --start"),
+    (TRAIN + "pairs.jsonl --width 4 --k 5", "--k 5 .* --width 4"),
+    (TRAIN + "pairs.jsonl --end-share 0.5 --mean-share 0.5", "no room for ordinary tokens"),
+    (CHECK + "pairs.jsonl --layer 9", "layer 9 .* blocks 0 to 2"),
 ]
 
 # command · flags, each out of its range: the line names the flag
@@ -130,6 +140,11 @@ BAD_NUMBERS = {
         "--l2 0", "--l2 -1", "--l2 nan", "--l2 inf", "--l2 much", "--k 1.5",
         "--patience -1", "--loss margin --margin nan",
         "--loss margin --margin inf", "--loss margin --margin -1", "--head mlp --hidden 0"],
+    TRAIN + "pairs.jsonl": [
+        "--width 0", "--k 0", "--cuts -1", "--turns 0", "--tokens 0", "--batch 0", "--buffer 0",
+        "--dead-after 0", "--lr 0", "--lr nan", "--lr inf", "--end-share 1", "--end-share -1",
+        "--mean-share nan", "--max-length 1", "--limit 0", "--seed -1"],
+    CHECK + "pairs.jsonl": ["--max-length 1", "--limit -1", "--seed -1"],
     FOUR: ["--folds 2", "--folds 21", "--texts -1"],
     SAMPLE + "prompts.jsonl": [
         "--n 0", "--n -1", "--max-new-tokens 0", "--temperature -1", "--temperature nan",

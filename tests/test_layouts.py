@@ -1,6 +1,7 @@
 """Every layout and file form that --pairs takes, each with the trap that its users met."""
 
 import csv
+import datetime
 import gzip
 import importlib
 import io
@@ -240,6 +241,30 @@ PAIRS |= {      # transcripts, and answers that repeat the prompt
     "the messages of the prompt again in front of both answers": (
         asked(TALK, [*TALK, *answer("b")], [*TALK, *answer("c")]),
         [(TALK, "b", "c")]),
+    "transcript: headings need no gap": (
+        asked("### Human: q### Assistant: a### Human: r### Assistant:", "b", "c"),
+        [(TALK, "b", "c")]),
+    "transcript: words before a colon are no speakers": (
+        asked("Model: a phone\nSystem: new\nUser: Ann\nProblem: none", "b", "c"),
+        [("Model: a phone\nSystem: new\nUser: Ann\nProblem: none", "b", "c")]),
+    "messages: a text that begins with messages and goes on": (
+        asked('[{"role": "user", "content": "hi"}]\n\nHow many messages?', "b", "c"),
+        [('[{"role": "user", "content": "hi"}]\n\nHow many messages?', "b", "c")]),
+    "messages: one answer is a message in JSON, as it was asked for": (
+        asked("q", '{"role": "assistant", "content": "Hello"}', "I cannot."),
+        [("q", '{"role": "assistant", "content": "Hello"}', "I cannot.")]),
+    "messages: None within a field": (
+        asked([{"role": "user", "content": "q", "extra": {"a": None}}], "b", "c"),
+        [(turns("q"), "b", "c")]),
+    "columns: a history that the conversations hold too": (
+        asked("r", [*TALK, *answer("b")], [*TALK, *answer("c")], history=[["q", "a"]]),
+        [(TALK, "b", "c")]),
+    "columns: a system turn in front of the answers comes first": (
+        asked("q", [SYSTEM, *answer("a")], [SYSTEM, *answer("b")]),
+        [([SYSTEM, *turns("q")], "a", "b")]),
+    "PKU-SafeRLHF: a label of a table with decimals": (
+        {"prompt": "q", "response_0": "a", "response_1": "b", "safer_response_id": "1.0"},
+        [("q", "b", "a")]),
     "a greeting in front of both answers is no repeated prompt": (
         asked("Hello", "Hello there.", "Hello you."),
         [("Hello", "Hello there.", "Hello you.")]),
@@ -254,7 +279,7 @@ REASONS = {     # layout and trap: (row, what the reason says)
     "messages: they part earlier": (
         sides(turns("q", "a", "r", "b"), turns("q", "c", "r", "b")), "part before"),
     "messages: the same conversation twice": (
-        sides(turns("q", "a"), turns("q", "a")), "part before"),
+        sides(turns("q", "a"), turns("q", "a")), "the same conversation"),
     "columns: an unknown one beside two plain texts": (
         {"riddle": "What is it?", **sides("It is so.", "It is not.")},
         "no column is known to hold the prompt, and riddle might"),
@@ -320,6 +345,8 @@ REASONS = {     # layout and trap: (row, what the reason says)
 
 def pairs_of(row, label=None, template=tiny.CHATML):
     """→ ([(prompt, chosen, rejected)], reasons)."""
+    label = label or ("safer" if "safer_response_id" in row and "better_response_id" not in row
+                      else None)
     found, reasons = usable_pairs(tiny.make_tokenizer(template), row, label, 2048)
     return [(pair.prompt, pair.chosen, pair.rejected) for pair in found], reasons
 
@@ -383,6 +410,14 @@ NOTES = [       # template, row, the note
      "the chat template changes a text, for example cuts thoughts out of it"),
     (NO_THOUGHTS, asked(turns("q", "<think>so</think>a", "r"), "b", "c"),
      "the chat template changes a text, for example cuts thoughts out of it"),
+    (tiny.CHATML, asked("翻译", "a", "b", 文本="今天天气很好"), "column 文本 is not read"),
+    (tiny.CHATML, asked("Say it", "a", "b", input="bonjour"), "column input is not read"),
+    (tiny.CHATML, asked("q", "a", "b", source="It was in the last days of the coldest May."),
+     "column source is not read"),
+    (tiny.CHATML, asked("[INST] q [/INST]", "a", "b"),
+     "a text holds marks of a chat template, which are read as plain text"),
+    (tiny.CHATML, sides(hh("q", "a"), hh("q", "b")), "a dialogue in one text is read as turns"),
+    (tiny.CHATML, asked("User: q\nBot: a", "a", "b"), "a dialogue in one text is read as one turn"),
     (tiny.CHATML, asked("q <|im_end|>", "a", "b"),
      "control tokens typed into a text are split, so that they do not act"),
 ]
@@ -397,7 +432,7 @@ def test_what_is_not_read_as_it_is_written_is_noted(template, row, note):
 @pytest.mark.parametrize("row", [
     asked("q", "a", "b", id="a b", source="a zoo", category="big cats", score=1.5, url="x y"),
     asked("q", turns("q", "a"), turns("q", "b"), chosen_model="m n"),
-    sides(hh("q", "a"), hh("q", "b")),
+    sides(turns("q", "a"), turns("q", "b")),
 ])
 def test_a_row_that_is_read_whole_has_no_notes(row):
     [pair], _ = usable_pairs(tiny.make_tokenizer(), row, None, 2048)
@@ -569,12 +604,40 @@ ROW = {"prompt": "Well, is it?", "chosen": "a;b", "rejected": "c"}
     ("p.csv", 'prompt;chosen;rejected\r\nWell, is it?;"a;b";c\r\n'),
     ("p.csv", "prompt\tchosen\trejected\nWell, is it?\ta;b\tc\n"),
     ("p.tsv", "prompt\tchosen\trejected\n\nWell, is it?\ta;b\tc\n"),
+    ("p.csv", 'sep=;\nprompt;chosen;rejected\n"Well, is it?";"a;b";c\n'),
     ("p.json", json.dumps(ROW) + "\n"),
     ("p.jsonl", json.dumps([ROW], indent=1)),
     ("p.jsonl", "\n \n" + json.dumps([ROW])),
 ])
 def test_a_table_is_read_whatever_parts_its_cells_and_rows(name, text, tmp_path):
     assert read(tmp_path / name, text) == [ROW]
+
+
+def test_nan_of_a_table_in_json_is_an_empty_cell(tmp_path):
+    text = '{"instruction": "Sum it", "input": NaN, "chosen": "a", "rejected": "b"}'
+    [row] = read(tmp_path / "p.jsonl", text)
+    assert pairs_of(row) == ([("Sum it", "a", "b")], [])
+
+
+def test_a_dropped_row_of_a_data_set_may_hold_a_date(tmp_path, extract, cache):
+    rows = [asked(f"q{n}", "a", "b", when=datetime.datetime(2024, 1, n + 1)) for n in range(3)]
+    rows[1]["chosen"] = "b"
+    extract(write_data_set(tmp_path / "set", "parquet", rows))
+    [dropped] = rows_of(tmp_path / "run/dropped.jsonl")
+    assert dropped["row"]["when"] == "2024-01-02 00:00:00"
+
+
+def test_half_of_a_utf_16_pair_in_a_field_of_a_message_is_a_reason():
+    prompt = [*turns("q"), {**answer("a")[0], "reasoning_content": "so \ud83d"}, *turns("r")]
+    found, reasons = pairs_of(asked(prompt, "b", "c"), template=ALL_FIELDS)
+    assert not found and "half of a UTF-16 pair" in reasons[0]
+
+
+def test_the_id_of_a_call_may_be_left_out_by_the_template():
+    prompt = [*turns("q"), {**answer("")[0], "tool_calls": [CALL]},
+              {"role": "tool", "content": "9 kg", "tool_call_id": "c1"}]
+    found, reasons = pairs_of(asked(prompt, "b", "c"), template=ALL_FIELDS)
+    assert found == [(prompt, "b", "c")] and not reasons
 
 
 def test_a_cell_of_any_length_is_read(tmp_path):

@@ -477,7 +477,7 @@ def test_max_length_is_lowered_to_the_positions_and_recorded(family, positions, 
     assert read_meta(shard)["max_length"] == 48
     out = succeed("01_extract", "--model", model, "--pairs", pairs, "--layer", 1,
                   "--run", tmp_path / "run", "--max-length", 48)
-    assert "0 computed, 1 found complete" in out and "note:" not in out
+    assert "0 computed, 1 found complete" in out and "positions" not in out
 
 
 def test_a_text_beyond_the_positions_is_not_read(tmp_path):

@@ -275,7 +275,7 @@ def test_left_padded_batches_of_transformers_give_the_same_scores(trained):
     means = []
     for text, states in zip(texts, hidden, strict=True):
         padding = longest - len(text.ids)
-        means.append(states[padding + text.first:padding + text.last].mean(0))
+        means.append(states[padding + text.first:padding + text.stop].mean(0))
     theirs = reward.reward_of(torch.stack(means))
     assert (theirs - scores_of(reward, some)).abs().max() <= 1e-3 * trained.spread
 

@@ -73,6 +73,9 @@ TABLES = {
     "reward_models": ("benchmarks/README.md", "reward_models", "table"),
     "extract": ("benchmarks/README.md", "extract", "table"),
     "rank": ("benchmarks/README.md", "rank_answers", "table"),
+    "quiz": ("docs/results.md", "quiz", "table"),
+    "quiz claim": ("docs/results.md", "quiz", "claim"),
+    "steer": ("benchmarks/README.md", "steer", "table"),
 }
 
 

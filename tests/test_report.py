@@ -306,14 +306,17 @@ def evaluation(**changes):
         "run": {"folds": 5, "k": 8},
         "sae": {"warnings": ["odd"]},
         "wrong": [{"id": "a b"}],
+        "latents": [{"latent": latent, "side": "chosen", "adds_firing": -0.05}
+                    for latent in (5, 40, 300)],
     }
     return found | changes
 
 
-def report_of(capsys, name=None, written=(), **changes):
+def report_of(capsys, name=None, written=(), names=None, **changes):
     """What is printed of an evaluation in runs/x, or with a name in runs/x/name."""
     folder = report.Path("runs/x", name or "")
-    return printed(capsys, report.print_report, folder, evaluation(**changes), written, name)
+    return printed(capsys, report.print_report, folder, evaluation(**changes), written, name,
+                   names)
 
 
 def test_the_report_begins_with_the_head_on_the_test_split_and_the_verdict(capsys):
@@ -375,3 +378,55 @@ def test_with_a_name_the_commands_name_it_and_the_files_lie_in_its_folder(capsys
     assert any("04_evaluate.py --run runs/x --name paper --explain" in line for line in lines)
     assert any("--reward runs/x/paper/reward_head.safetensors" in line for line in lines)
     assert any("runs/x/paper/evaluation.json" in line for line in lines)
+
+
+def named(name, right=None, tasks=None):
+    return {"name": name, "right": right, "tasks": tasks}
+
+
+@pytest.mark.parametrize("found, text", [
+    (named("commas", 7, 10), "commas (7 of 10 right)"),
+    (named("", 2, 9), "no name (2 of 9 right)"),
+    (named("a label of others"), "a label of others"),
+    (named("not tested", 0, 0), "not tested"),
+])
+def test_a_name_is_printed_with_its_score_where_it_has_one(found, text, capsys):
+    line, = [line for line in report_of(capsys, names={40: found}) if line.startswith("      40")]
+    assert line == f"      40  chosen                -0.0500   {text}"
+
+
+def test_latents_are_named_in_the_order_of_the_head_and_others_left_out(capsys):
+    lines = report_of(capsys, names={300: named("c"), 5: named("a")})
+    found = [line.split()[0] for line in lines if "  chosen  " in line]
+    assert found == ["5", "300"]
+    assert not any("does not use" in line for line in lines)
+
+
+def test_of_many_names_twenty_are_printed_and_the_rest_counted(capsys):
+    rows = [{"latent": n, "side": "chosen", "adds_firing": 0.1} for n in range(26)]
+    lines = report_of(capsys, names={n: named("x") for n in range(26)}, latents=rows)
+    assert len([line for line in lines if "  chosen  " in line]) == 20
+    assert "       6  more have a name" in lines
+
+
+def test_names_of_latents_that_a_head_does_not_use_are_counted_in_a_note(capsys):
+    lines = report_of(capsys, names={5: named("a"), 6: named("b"), 7: named("c")})
+    assert ("note: 2 of the 3 names are of latents that this head does not use") in lines
+
+
+def test_without_names_none_are_printed(capsys):
+    for names in (None, {}):
+        assert not any("name" in line for line in report_of(capsys, names=names))
+
+
+@pytest.mark.parametrize("name, page", [(None, "runs/x/report.html#quiz"),
+                                        ("paper", "runs/x/paper/report.html#quiz")])
+def test_the_report_says_where_the_quiz_is(name, page, capsys):
+    line, = [line for line in report_of(capsys, name=name, quiz={"directions": [{}] * 13})
+             if line.startswith("quiz ")]
+    assert "13 directions" in line and page in line and "--names" in line
+
+
+@pytest.mark.parametrize("changes", [{}, {"quiz": {"directions": []}}])
+def test_where_there_is_no_quiz_the_report_speaks_of_none(changes, capsys):
+    assert not any("quiz" in line for line in report_of(capsys, **changes))

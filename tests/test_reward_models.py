@@ -180,7 +180,7 @@ def test_z_is_the_mean_over_the_response_at_block_l(prepared):
     for text in texts:
         with torch.inference_mode():
             own = backbone.model(torch.tensor([text.ids]), output_hidden_states=True)
-        means.append(own.hidden_states[2][0, text.first:text.last].mean(0))
+        means.append(own.hidden_states[2][0, text.first:text.stop].mean(0))
     found = peers.activations(run / peers.HELD, 1, stage1.TEST).z
     assert torch.allclose(torch.stack(found, 1).flatten(0, 1), torch.stack(means), atol=1e-4)
 

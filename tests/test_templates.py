@@ -21,8 +21,9 @@ from tiny import save_rows, succeed
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from parts.chat import PLAIN_TEMPLATE, Unreadable, prompt_ids, render, takes_system_turn
+from parts.chat import PLAIN_TEMPLATE, prompt_ids, render, takes_system_turn
 from parts.files import UserError
+from parts.messages import Unreadable
 from parts.rows import usable_pairs
 from tools.self_check import self_check
 
@@ -222,7 +223,7 @@ def test_bos_comes_as_often_as_the_template_says(family):
 def test_the_range_of_the_response_holds_the_response(family, prompt, response):
     tokenizer = tokenizer_of(family)
     text = render(tokenizer, prompt, response)
-    assert response.strip() in tokenizer.decode(text.ids[text.first:text.last])
+    assert response.strip() in tokenizer.decode(text.ids[text.first:text.stop])
 
 
 @EVERY
@@ -231,7 +232,7 @@ def test_the_range_of_the_response_holds_nothing_but_the_response(family, respon
     tokenizer = tokenizer_of(family)
     for prompt in ("Is water wet?", LONG):
         text = render(tokenizer, prompt, response)
-        found = tokenizer.decode(text.ids[text.first:text.last])
+        found = tokenizer.decode(text.ids[text.first:text.stop])
         assert found.strip() == response.strip()
 
 
@@ -241,7 +242,7 @@ def test_eot_is_the_last_end_of_turn_token_and_stands_behind_the_response(family
     text = render(tokenizer, prompt, response)
     end = tokenizer.convert_tokens_to_ids(FAMILIES[family].end)
     assert text.eot == max(place for place, token in enumerate(text.ids) if token == end)
-    assert text.eot >= text.last
+    assert text.eot >= text.stop
 
 
 @EVERY
@@ -263,7 +264,7 @@ def test_an_answer_of_qwen3_begins_behind_the_empty_thinking_block():
 def test_an_answer_of_qwen3_with_thoughts_of_its_own_holds_them():
     tokenizer = tokenizer_of("Qwen3")
     text = render(tokenizer, LONG, "<think>\nsurely\n</think>\n\nBlue.")
-    inside = tokenizer.decode(text.ids[text.first:text.last])
+    inside = tokenizer.decode(text.ids[text.first:text.stop])
     assert inside.startswith("surely") and inside.endswith("</think>\n\nBlue.")
     assert tokenizer.decode([text.ids[text.eot]]) == "<|im_end|>"
 
@@ -390,7 +391,7 @@ def test_a_long_prompt_loses_its_beginning_and_the_response_nothing(family):
     for limit in range(least, len(whole.ids) + 1):
         text = render(tokenizer, LONG, response, limit)
         assert len(text.ids) <= limit
-        assert text.ids[text.first:text.last] == whole.ids[whole.first:whole.last]
+        assert text.ids[text.first:text.stop] == whole.ids[whole.first:whole.stop]
 
 
 @EVERY
@@ -398,7 +399,7 @@ def test_a_response_longer_than_max_length_is_refused(family):
     tokenizer = tokenizer_of(family)
     text = render(tokenizer, LONG, "It is blue, surely.")
     with pytest.raises(UserError, match="longer than max length"):
-        render(tokenizer, LONG, "It is blue, surely.", text.last - text.first)
+        render(tokenizer, LONG, "It is blue, surely.", text.stop - text.first)
 
 
 PIECE = st.sampled_from(["one", "wet,", "gallbladder", "Ω", "two\n"])

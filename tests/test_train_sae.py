@@ -1,10 +1,14 @@
 """tools/train_sae.py: what it trains on, that training helps, and that a killed one goes on."""
 
 import os
+import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
 
@@ -176,15 +180,54 @@ def killed(request, tmp_path, backbone, monkeypatch):
 
 def test_a_killed_training_goes_on_from_its_checkpoint_and_finishes(killed, backbone):
     sae, lines = train(backbone, chats(30), settings(killed.folder, STEPS))
-    steps = [int(line.split()[1].partition("/")[0]) for line in lines]
+    steps = [int(line.split()[1].partition("/")[0]) for line in lines if line[:5] == "step "]
     assert min(steps) >= killed.step and steps[-1] == STEPS
     assert sae.info["tokens"] == STEPS * 64
     assert os.listdir(killed.folder) == ["own.safetensors"]
 
 
-def test_a_checkpoint_of_other_settings_is_refused(killed, backbone):
+def test_a_training_that_goes_on_says_from_which_step(killed, backbone):
+    _, lines = train(backbone, chats(30), settings(killed.folder, STEPS))
+    behind = min(killed.step, STEPS - 1)                    # the last step is done again
+    notes = [line for line in lines if line.startswith("note: ")]
+    assert len(notes) == 1 and lines[0] == notes[0]
+    assert f"going on behind step {behind} of {STEPS}, from {killed.folder}" in notes[0]
+
+
+def test_a_training_that_begins_does_not_say_that_it_goes_on(tmp_path, backbone):
+    _, lines = train(backbone, chats(30), settings(tmp_path, 3))
+    assert lines and all(line.startswith("step ") for line in lines)
+
+
+@pytest.fixture
+def nothing_is_read(monkeypatch):
+    """No text may be read through the model: it takes minutes."""
+    def read(*_, **__):
+        raise AssertionError("texts were read")
+    monkeypatch.setattr(T, "activations", read)
+
+
+def test_a_checkpoint_of_other_settings_is_refused_at_once(killed, backbone, nothing_is_read):
     with pytest.raises(S.SAEError, match="other settings"):
-        train(backbone, chats(30), settings(killed.folder, STEPS, k=3))
+        train(backbone, chats(30), settings(killed.folder, STEPS, lr=1.0))
+
+
+@pytest.mark.parametrize("name, damage", [
+    ("W_enc", lambda tensor: tensor[:-1]),
+    ("adam2.exp_avg", lambda tensor: tensor.flatten()),
+    ("variance", lambda tensor: tensor[:2]),
+    ("step_done", lambda tensor: None),
+])
+def test_a_damaged_checkpoint_is_refused_at_once(name, damage, killed, backbone, nothing_is_read):
+    args = settings(killed.folder, STEPS)
+    path = T.checkpoint_path(args)
+    tensors = load_file(path)
+    changed = damage(tensors.pop(name))
+    if changed is not None:
+        tensors[name] = changed.clone()
+    T.save_stage(path, tensors, T.training_key(args))
+    with pytest.raises(S.SAEError, match="not a complete checkpoint · .* · delete it"):
+        train(backbone, chats(30), args)
 
 
 def test_what_a_checkpoint_holds_is_taken_up_adams_moments_included(killed):
@@ -192,7 +235,7 @@ def test_what_a_checkpoint_holds_is_taken_up_adams_moments_included(killed):
     before = load_file(T.checkpoint_path(args))
     other = torch.randn(9, 32)
     state = T.start_state(three_pools(other), args, torch.Generator())
-    assert T.resume(state, args)
+    T.resume(state, T.read_checkpoint(args, 32), args)
     assert state.step == min(killed.step, STEPS - 1)        # the last step is done again
 
     T.save_checkpoint(state, args)
@@ -220,12 +263,152 @@ def test_training_starts_from_another_sae(tmp_path, backbone, first):
     assert again.info["start"] == "first.safetensors"
 
 
-def test_training_does_not_start_from_an_sae_of_another_width(tmp_path, backbone, first):
+def test_training_does_not_start_from_an_sae_of_another_width(tmp_path, backbone, first,
+                                                              nothing_is_read):
     with pytest.raises(S.SAEError, match="47"):
         train(backbone, chats(40), settings(tmp_path, 1, start=first.path, width=47))
 
 
+# ---------------------------------------------------------------- how it goes
+
+class Clock:
+    """A clock that a test sets."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(T.time, "monotonic", clock.monotonic)
+    return clock
+
+
+@pytest.mark.parametrize("done, gone, line", [
+    (3, 30, "step 3/12  fits  00:30 gone, 01:30 left"),
+    (6, 3600, "step 6/12  fits  1:00:00 gone, 1:00:00 left"),
+    (12, 90, "step 12/12  fits  01:30 gone, 00:00 left"),
+])
+def test_a_line_of_progress_says_the_time_gone_and_left(done, gone, line, clock):
+    lines = []
+    progress = T.Progress(lines.append)
+    progress.begin("step", 12)
+    clock.now += gone
+    progress.reach(done)
+    progress.tell("fits")
+    assert lines == [line]
+
+
+def test_steps_of_an_earlier_call_do_not_shorten_the_time_left(clock):
+    lines = []
+    progress = T.Progress(lines.append)
+    progress.begin("step", 20, 10)
+    clock.now += 30
+    progress.reach(15)
+    progress.tell("fits")
+    assert lines == ["step 15/20  fits  00:30 gone, 00:30 left"]
+
+
+def test_while_the_buffer_fills_there_is_a_line_a_minute(clock):
+    lines = []
+    progress = T.Progress(lines.append)
+    progress.begin("buffer", 1000)
+    for size in range(10, 310, 10):
+        clock.now += 10
+        progress.fill(size)
+    assert [line.split()[1] for line in lines] == ["70/1000", "140/1000", "210/1000", "280/1000"]
+    progress.begin("step", 5)
+    clock.now += 100
+    progress.fill(500)                      # the buffer is filled up again between the steps
+    assert len(lines) == 4
+
+
+@pytest.mark.parametrize("steps, wanted", [(5, 5), (39, 20), (100, 20)])
+def test_training_prints_a_line_at_every_twentieth(steps, wanted, tmp_path, backbone):
+    _, lines = train(backbone, chats(30), settings(tmp_path, steps))
+    assert len(lines) == wanted
+    assert all(re.search(r"\d\d:\d\d gone, \d\d:\d\d left$", line) for line in lines)
+    assert lines[-1].startswith(f"step {steps}/{steps} ") and lines[-1].endswith("00:00 left")
+
+
+def test_a_training_that_diverges_is_one_line(tmp_path, backbone):
+    with pytest.raises(S.SAEError, match="diverged, by step .* · --lr 1e\\+38 · "):
+        train(backbone, chats(30), settings(tmp_path, 20, lr=1e38))
+
+
+def test_texts_that_give_no_token_are_refused_and_not_read_for_ever(tmp_path, backbone):
+    stream = T.stream_batches(backbone, ["", ""], 1, settings(tmp_path, 1), torch.Generator())
+    with pytest.raises(S.SAEError, match="no text gives a token"):
+        next(stream)
+
+
+def test_threads_of_the_tools_wait_without_taking_a_core():
+    code = "import os, sys, tools; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    for asked, wanted in (({}, "passive False"), ({"OMP_WAIT_POLICY": "active"}, "active False")):
+        environment = {name: value for name, value in os.environ.items() if name[:3] != "OMP"}
+        done = subprocess.run([sys.executable, "-c", code], cwd=tiny.ROOT, text=True,
+                              env=environment | asked, capture_output=True)
+        assert done.stdout.split() == wanted.split(), done.stderr
+
+
 # ---------------------------------------------------------------- what it trains on
+
+def files_of(folder, kind):
+    """A file of texts of this kind → its path."""
+    talks = [{"messages": talk} for talk in chats(8)]
+    plain = [{"text": text} for text in sayings(8)]
+    rows = {"plain": plain, "chats": talks, "both": plain + talks, "pairs": tiny.make_pairs(6)}
+    return tiny.save_rows(folder / f"{kind}.jsonl", rows[kind])
+
+
+@pytest.mark.parametrize("kind, noted", [("plain", True), ("chats", False), ("both", False),
+                                         ("pairs", False)])
+def test_plain_texts_alone_are_noted_before_training_begins(kind, noted, tmp_path, folder_of):
+    out = tiny.succeed("tools/train_sae", "--model", folder_of("llama"), "--layer", 1, "--texts",
+                       files_of(tmp_path, kind), "--width", 8, "--k", 2, "--tokens", 32,
+                       "--batch", 16, "--buffer", 32, "--out", tmp_path / "own.safetensors")
+    note = "no conversation: a reward is read from the mean or the end of an answer"
+    assert (note in out) == noted
+    if noted:
+        assert out.startswith("note: ") and "add rows with messages" in out.splitlines()[0]
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+ANSWER = {"role": "assistant", "content": "tea"}
+
+
+@pytest.mark.parametrize("row", [
+    {"messages": [user("a")]},                          # nobody answers
+    {"messages": [ANSWER]},                             # to nothing
+    {"messages": [user("a"), ANSWER, user("b")]},
+    {"messages": [user("a"), {"role": 7, "content": "b"}, ANSWER]},
+    {"text": "half of a pair: \ud83d"},
+    {"messages": [user("\udc00"), ANSWER]},
+    {"prompt": "a", "chosen": "b \ud83d", "rejected": "\ud83d"},
+    {"prompt": "a"},
+    "a",
+])
+def test_a_row_that_cannot_be_read_is_left_out_and_counted(row, tmp_path, capsys):
+    path = tiny.save_rows(tmp_path / "t.jsonl", [{"messages": [user("a"), ANSWER]}, row, row])
+    assert T.read_texts(path) == [[user("a"), ANSWER]]
+    assert capsys.readouterr().out.startswith("note: 2 rows of ")
+
+
+def test_a_conversation_that_the_template_refuses_is_named(tmp_path):
+    folder = tiny.save_model(tmp_path / "model", template=tiny.NO_SYSTEM)
+    backbone = T.stage1.load_backbone(folder)
+    talk = [{"role": "system", "content": "Be brief."}, {**ANSWER, "content": "so"},
+            user("why"), ANSWER]
+    says = "refused by the chat template .*System role.* · 'Be brief.' … · "
+    with pytest.raises(S.SAEError, match=says):
+        T.sequences_of(backbone, [talk], 96)
 
 def test_half_of_the_conversations_go_on_from_others():
     talks = chats(40)
@@ -362,6 +545,15 @@ def test_ends_and_means_are_drawn_from_the_newest():
     for start in (0, 3, 6):
         newest.add(torch.arange(start, start + 3)[:, None])
     assert {int(vector) for vector in newest.draw(200)} == {5, 6, 7, 8}
+
+
+def test_a_new_vector_moves_none_of_those_that_are_there():
+    newest = T.Newest(8, torch.Generator())
+    newest.add(torch.zeros(8, 3))
+    before = newest.vectors
+    newest.add(torch.ones(3, 3))
+    assert newest.vectors.data_ptr() == before.data_ptr()       # 65,536 of them are not copied
+    assert newest.vectors[:, 0].tolist() == [1, 1, 1, 0, 0, 0, 0, 0]
 
 
 def test_where_there_are_none_yet_none_are_drawn():

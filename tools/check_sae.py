@@ -13,6 +13,8 @@ from sae import SAEError, describe, warnings_of
 from tools.train_sae import (
     ManualPage,
     add_text_flags,
+    check_counts,
+    check_layer,
     health_of_pools,
     read_texts,
     sample_activations,
@@ -31,7 +33,9 @@ def parse_args():
     p.add_argument("--sae-dtype", choices=("float32", "bfloat16", "float16"), default="float32",
                    help="in memory")
     add_text_flags(p, limit=400)
-    return p.parse_args()
+    args = p.parse_args()
+    check_counts(args)
+    return args
 
 
 def main():
@@ -40,10 +44,13 @@ def main():
     sae = stage2.open_sae(args.path, args.sae_dtype, args.k_sae, args.revision)
     backbone = stage1.load_backbone(args.model)
     width = backbone.model.config.get_text_config().hidden_size
+    if sae.d_model != width:
+        raise SAEError(f"the SAE reads width {sae.d_model}, {args.model} has width {width} · "
+                       f"{args.path} · pass the SAE of this model, or its --model")
     layer = args.layer if args.layer is not None else sae.info.get("layer")
-    if layer is None or sae.d_model != width:
-        raise SAEError(f"the SAE reads width {sae.d_model}, layer {layer}; {args.model} has width "
-                       f"{width} · {args.path} · pass the right SAE, --model and --layer")
+    if layer is None:
+        raise SAEError(f"the SAE does not say its layer · {args.path} · pass --layer")
+    check_layer(backbone, layer, args.model)
 
     texts = read_texts(args.texts)
     chosen = np.random.default_rng(args.seed).permutation(len(texts))[:args.limit]

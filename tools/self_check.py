@@ -25,7 +25,7 @@ def self_check(run, name=None):
     run = Path(run)
     features_path = stage2.features_path(run, name)
     head_path = stage2.folder_of(run, name) / "reward_head.safetensors"
-    features, meta = load_stage(features_path, "02_select_features.py")
+    features, meta = load_stage(features_path, "02_select_features.py", "select")
     reward = stage3.RewardModel.load(head_path)
     stale = stale_file(run, features_path, meta, reward)
     if stale:  # the rest would compare what does not belong together

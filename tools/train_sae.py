@@ -15,12 +15,17 @@ the error of each counts over its own variance:
                     answer cut at any word and closed with the template's own end gives a new one
                     for the price of two tokens
     running means   of an answer's tokens up to any of them (--mean-share), what rule `mean` reads
+
+A training that was stopped goes on from its last checkpoint, a twentieth of the way back at most.
 """
 
 import argparse
 import importlib
 import json
 import math
+import re
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,9 +33,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
 
-from parts.chat import is_conversation, render
+from parts.chat import render
 from parts.files import run_main, save_stage
+from parts.messages import Unreadable, is_conversation
 from parts.rows import pairs_or_reason, read_rows
 from sae import SAE, TENSORS, SAEError, describe, health, load_sae
 
@@ -41,17 +48,22 @@ AUX_WEIGHT = 1 / 32     # of AuxK in the loss
 
 # ---------------------------------------------------------------- texts
 
-def read_texts(path):
+def read_texts(path, limit=None):
     """Texts of a JSONL file (also .gz): rows with `text`, with `messages`, or pairs.
 
-    → list of str or messages.
+    → list of str or messages, `limit` at most.
     """
     texts = []
+    without = 0
     for _, row in read_rows(path):
-        texts += texts_of_row(row)
+        found = texts_of_row(row)
+        texts += found
+        without += not found
     if not texts:
         raise SAEError(f"no texts · {path} · rows need text, messages, or prompt, chosen, rejected")
-    return texts
+    if without:
+        print(f"note: {without} rows of {path} hold nothing that can be read: left out")
+    return texts[:limit]
 
 
 def texts_of_row(row):
@@ -59,9 +71,16 @@ def texts_of_row(row):
     if not isinstance(row, dict):
         return []
     if isinstance(row.get("text"), str):
-        return [row["text"]]
-    if is_conversation(row.get("messages")):
-        return [row["messages"]]
+        texts = [row["text"]]
+    elif is_conversation(row.get("messages")):
+        texts = [row["messages"]]
+    else:
+        texts = conversations_of_pairs(row)
+    return [text for text in texts if is_readable(text)]
+
+
+def conversations_of_pairs(row):
+    """Both sides of the pairs of a row → conversations; none where it holds no pairs."""
     pairs = pairs_or_reason(row, "better")
     if isinstance(pairs, str):
         return []
@@ -71,6 +90,25 @@ def texts_of_row(row):
         for answer in answers:
             conversations.append([*turns, {"role": "assistant", "content": answer}])
     return [conversation for conversation in conversations if is_conversation(conversation)]
+
+
+def is_readable(text):
+    """A text, or a conversation that ends with an answer; half of a UTF-16 pair is in neither."""
+    if isinstance(text, list):
+        roles = [turn["role"] for turn in text]
+        if len(text) < 2 or roles[-1] != "assistant" or not all(isinstance(r, str) for r in roles):
+            return False
+        text = "".join(turn["content"] for turn in text)
+    return not re.search("[\ud800-\udfff]", text)
+
+
+def note_on_conversations(texts, path):
+    """What an SAE of plain texts will not know → a note, or None."""
+    if any(not isinstance(text, str) for text in texts):
+        return None
+    return (f"note: {path} holds plain texts only, no conversation: a reward is read from the mean "
+            "or the end of an answer, and this SAE will have seen neither; "
+            "add rows with messages, or with prompt, chosen, rejected")
 
 
 @dataclass
@@ -99,12 +137,18 @@ def sequences_of(backbone, texts, max_length, cuts=0, rng=None):
 
 def endings_of(backbone, conversation, max_length, cuts, rng):
     """A conversation, and `cuts` beginnings of it closed with the end of the turn → Sequences."""
-    text = render(backbone.tokenizer, conversation[:-1], conversation[-1]["content"])
-    ends = [text.last]
+    try:
+        text = render(backbone.tokenizer, conversation[:-1], conversation[-1]["content"])
+    except Unreadable as error:
+        reason = str(error).partition(" · ")[0]
+        raise SAEError(f"a conversation of --texts cannot be read ({reason}) · "
+                       f"{conversation[0]['content'][:60]!r} … · leave it out; if only the joined "
+                       "ones are refused: --turns 1") from None
+    ends = [text.stop]
     if cuts:
-        longest = max(text.first + 1, min(text.last, max_length))
+        longest = max(text.first + 1, min(text.stop, max_length))
         ends += rng.integers(text.first + 1, longest + 1, cuts).tolist()
-    closing = text.ids[text.last:]
+    closing = text.ids[text.stop:]
     sequences = []
     for end in dict.fromkeys(ends):
         if end <= max_length:
@@ -154,17 +198,21 @@ def activations(backbone, texts, layer, max_length, cuts=0, rng=None, repeats=Fa
 def sample_activations(backbone, texts, layer, max_length=512):
     """→ Activations of some texts as they are, for sae.health()."""
     passes = list(activations(backbone, texts, layer, max_length, repeats=True))
-    if not passes:
-        raise SAEError("no text gives a token to read · --texts · longer texts, or a larger "
-                       "--max-length")
+    if sum(len(found.tokens) for found in passes) < 2:
+        raise SAEError(NO_TOKEN)
     tokens, ends, means = zip(*passes)
     return Activations(torch.cat(tokens), torch.cat(ends), torch.cat(means))
 
 
-def stream_batches(backbone, texts, layer, args, generator):
+NO_TOKEN = ("no text gives a token to read · --texts · longer texts, or a larger --max-length: "
+            "a conversation whose prompt is longer gives none")
+
+
+def stream_batches(backbone, texts, layer, args, generator, tell=None):
     """Yield Activations of --batch vectors for ever.
 
     Tokens are mixed by a shuffle buffer, ends and means drawn from the newest `--buffer` of each.
+    tell: takes the number of tokens in the buffer, after each forward pass.
     """
     rng = np.random.default_rng(args.seed)
     conversations = [text for text in texts if not isinstance(text, str)]
@@ -182,29 +230,40 @@ def stream_batches(backbone, texts, layer, args, generator):
                 pool.add(found.tokens)
                 ends.add(found.ends)
                 means.add(found.means)
+                if tell:
+                    tell(pool.size)
             for tokens in pool.batches(args.batch - end_count - mean_count):
                 yield Activations(tokens, ends.draw(end_count), means.draw(mean_count))
+        if not pool.size:
+            raise SAEError(NO_TOKEN)
         pool.settle_for_less()
 
 
 class Newest:
-    """The newest `size` vectors, to draw from with replacement."""
+    """The newest `size` vectors, to draw from with replacement.
+
+    A ring: each new one takes the place of the oldest, and the others stay where they are.
+    """
 
     def __init__(self, size, generator):
         self.size = size
         self.generator = generator
-        self.vectors = None
+        self.vectors = None         # [size, d]
+        self.added = 0
 
     def add(self, vectors):
         """Put [n, d] in; the oldest fall out."""
-        both = vectors if self.vectors is None else torch.cat([self.vectors, vectors])
-        self.vectors = both[-self.size:]
+        vectors = vectors[-self.size:]
+        if self.vectors is None:
+            self.vectors = vectors.new_empty(self.size, vectors.shape[1])
+        places = torch.arange(self.added, self.added + len(vectors)) % self.size
+        self.vectors[places] = vectors
+        self.added += len(vectors)
 
     def draw(self, count):
         """→ [count, d], or nothing while nothing is there."""
-        if not len(self.vectors):
-            count = 0
-        drawn = torch.randint(max(1, len(self.vectors)), (count,), generator=self.generator)
+        there = min(self.added, self.size)
+        drawn = torch.randint(max(1, there), (count if there else 0,), generator=self.generator)
         return self.vectors[drawn]
 
 
@@ -275,38 +334,33 @@ class State:
         return [getattr(self, name) for name in PARAMETERS]
 
 
-def train(backbone, texts, layer, args, progress=print):
-    """Train on streamed activations through a shuffle buffer → SAE, written to args.out."""
-    if len(texts) < 3:
-        raise SAEError(f"{len(texts)} texts are too few · {args.texts} · "
-                       "at least 3 are needed: 2 are held out to measure on")
+def train(backbone, texts, layer, args, say=print):
+    """Train on streamed activations through a shuffle buffer → SAE, written to args.out.
+
+    say: takes the lines on how it goes.
+    """
     generator = torch.Generator().manual_seed(args.seed)
-    order = torch.randperm(len(texts), generator=generator).tolist()
-    held_count = max(2, min(400, len(order) // 20))
-    held_texts = [texts[n] for n in order[:held_count]]
-    order = order[held_count:]
+    texts, held_texts = hold_out(texts, args, generator)
+    width = backbone.model.config.get_text_config().hidden_size
+    if args.start:
+        open_start(args, width)                 # what is wrong is said before the texts are read
+    checkpoint = read_checkpoint(args, width)
     held = sample_activations(backbone, held_texts, layer, args.max_length)
 
-    stream = stream_batches(backbone, [texts[n] for n in order], layer, args, generator)
-    state = start_state(next(stream), args, generator)
-    if resume(state, args):             # go on with other texts first than those already seen
-        generator.manual_seed(args.seed + state.step)
-        again = torch.randperm(len(order), generator=generator).tolist()
-        stream = stream_batches(backbone, [texts[order[n]] for n in again], layer, args, generator)
-
     steps = steps_of(args)
-    for step, batch in enumerate(stream, start=state.step + 1):
-        set_learning_rate(state, step, steps, args.lr)
-        train_step(state, batch, args)
-        state.step = step
-        if step % max(1, steps // 20) == 0 or step >= steps:
-            sae = finish(state, args, layer)
-            sae.info["held_out"] = health_of_pools(sae, held)
-            progress(progress_line(step, steps, sae.info["held_out"]))
-            save_checkpoint(state, args)
-        if step >= steps:
-            break
+    progress = Progress(say)
+    progress.begin("buffer", args.buffer)
+    if checkpoint:
+        state = start_state(held, args, generator)      # for its shapes
+        resume(state, checkpoint, args)
+        say(f"note: going on behind step {state.step} of {steps}, from {checkpoint_path(args)}")
+        generator.manual_seed(args.seed + state.step)   # other texts first than those already seen
+        texts = shuffled(texts, generator)
+    stream = stream_batches(backbone, texts, layer, args, generator, progress.fill)
+    if not checkpoint:
+        state = start_state(next(stream), args, generator)
 
+    sae = train_steps(state, stream, held, steps, layer, args, progress)
     settings = ("k", "end_share", "mean_share", "cuts", "turns", "lr", "batch", "buffer", "seed",
                 "max_length")
     sae.info.update(
@@ -319,6 +373,85 @@ def train(backbone, texts, layer, args, progress=print):
     save_sae(sae, args.out, torch.float16)
     checkpoint_path(args).unlink(missing_ok=True)       # only now: a kill in between loses nothing
     return sae
+
+
+def hold_out(texts, args, generator):
+    """→ (texts to train on, texts to measure on: a twentieth, 400 at most), in a random order."""
+    if len(texts) < 3:
+        raise SAEError(f"{len(texts)} texts are too few · {args.texts} · "
+                       "at least 3 are needed: 2 are held out to measure on")
+    texts = shuffled(texts, generator)
+    count = max(2, min(400, len(texts) // 20))
+    return texts[count:], texts[:count]
+
+
+def shuffled(texts, generator):
+    """The texts in a random order."""
+    return [texts[n] for n in torch.randperm(len(texts), generator=generator).tolist()]
+
+
+def train_steps(state, stream, held, steps, layer, args, progress):
+    """The steps that are left; a checkpoint and a line at every twentieth → the SAE of the last."""
+    every = math.ceil(steps / 20)
+    for step, batch in enumerate(stream, start=state.step + 1):
+        if step == state.step + 1:
+            progress.begin("step", steps, state.step)
+        set_learning_rate(state, step, steps, args.lr)
+        train_step(state, batch, args)
+        state.step = step
+        progress.reach(step)
+        if step % every == 0 or step >= steps:
+            check_converges(state, args)
+            sae = finish(state, args, layer)
+            sae.info["held_out"] = health_of_pools(sae, held)
+            save_checkpoint(state, args)
+            progress.tell(figures_of(sae.info["held_out"]))
+        if step >= steps:
+            progress.bar.close()
+            return sae
+
+
+def check_converges(state, args):
+    """Refuse to go on with parameters that are no numbers any more."""
+    if not all(parameter.isfinite().all() for parameter in state.parameters()):
+        raise SAEError(f"training has diverged, by step {state.step} · --lr {args.lr} · "
+                       "a smaller one")
+
+
+class Progress:
+    """How far it is and how long that will take: a bar on a terminal, and lines everywhere."""
+
+    def __init__(self, say):
+        self.say = say
+        self.bar = None
+
+    def begin(self, what, total, done=0):
+        """A part of the work: `total` units, of which `done` were done earlier."""
+        if self.bar is not None:
+            self.bar.close()
+        self.what, self.total, self.done, self.earlier = what, total, done, done
+        self.bar = tqdm(desc=what, total=total, initial=done, leave=False, disable=None)
+        self.started = self.told = time.monotonic()
+
+    def reach(self, done):
+        """So many units are done."""
+        self.bar.update(done - self.done)
+        self.done = done
+
+    def fill(self, size):
+        """So many vectors are in the buffer; a line a minute, until training begins."""
+        if self.what == "buffer":
+            self.reach(min(size, self.total))
+            if time.monotonic() - self.told > 60:
+                self.tell("vectors read before the first step")
+
+    def tell(self, text):
+        """A line with the text, and the time gone and left."""
+        self.told = time.monotonic()
+        gone = self.told - self.started
+        left = gone * (self.total - self.done) / max(1, self.done - self.earlier)
+        self.say(f"{self.what} {self.done}/{self.total}  {text}  "
+                 f"{tqdm.format_interval(gone)} gone, {tqdm.format_interval(left)} left")
 
 
 def steps_of(args):
@@ -334,13 +467,13 @@ def set_learning_rate(state, step, steps, peak):
         group["lr"] = peak * warm * max(0.0, left)
 
 
-def progress_line(step, steps, held_out):
-    """One line on how training goes."""
+def figures_of(held_out):
+    """How well each pool is explained, in one line."""
     tokens = held_out["tokens"]
     explained = []
     for name, figures in held_out.items():
         explained.append(f"{name} {figures['explained_variance']:.3f}")
-    return (f"step {step}/{steps}  explained: {'  '.join(explained)}  "
+    return (f"explained: {'  '.join(explained)}  "
             f"L0 {tokens['l0']:.1f}  silent {tokens['silent']:.1%}")
 
 
@@ -356,7 +489,7 @@ def start_state(first, args, generator):
     width = tokens.shape[1]
     scale = math.sqrt(width) / tokens.norm(dim=1).mean()
     if args.start:
-        parameters = parameters_of(args, width, scale)
+        parameters = parameters_of(open_start(args, width), scale)
     else:
         directions = torch.randn(args.width, width, generator=generator)
         W_dec = F.normalize(directions, dim=1)
@@ -377,8 +510,8 @@ def start_state(first, args, generator):
     return state
 
 
-def parameters_of(args, width, scale):
-    """The SAE of --start as training holds it: decoder rows of norm 1, inputs scaled."""
+def open_start(args, width):
+    """The SAE of --start, if training can go on from it."""
     sae = load_sae(args.start)
     found = (sae.activation, sae.k, sae.norm, *sae.W_enc.shape)
     wanted = ("topk", args.k, "none", width, args.width)
@@ -388,6 +521,11 @@ def parameters_of(args, width, scale):
         raise SAEError(f"training cannot go on from this SAE {found}, layer {layer} · "
                        f"--start {args.start} · "
                        f"needed are {wanted}, layer {args.layer} and b_dec subtracted")
+    return sae
+
+
+def parameters_of(sae, scale):
+    """An SAE as training holds it: decoder rows of norm 1, inputs scaled."""
     norm = sae.W_dec.norm(dim=1)
     return {"W_enc": sae.W_enc * norm, "b_enc": sae.b_enc * norm * scale,
             "W_dec": sae.W_dec / norm[:, None], "b_dec": sae.b_dec * scale}
@@ -490,31 +628,39 @@ def save_checkpoint(state, args):
     save_stage(checkpoint_path(args), tensors, training_key(args))
 
 
-def read_checkpoint(path):
-    """→ (settings, tensors) of a complete checkpoint."""
+def read_checkpoint(args, width):
+    """The tensors of a checkpoint of the same settings; None where there is none."""
+    path = checkpoint_path(args)
+    if not path.exists():
+        return None
     try:
         with safe_open(path, "pt") as file:
             settings = json.loads((file.metadata() or {}).get("sparserm", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, ValueError):
         settings, tensors = None, {}
-    expected = {*PARAMETERS, "idle", "scale", "variance", "step_done"}
-    for number in range(len(PARAMETERS)):
-        expected |= {f"adam{number}.{name}" for name in ("step", "exp_avg", "exp_avg_sq")}
-    if set(tensors) != expected:
+    if {name: tensor.shape for name, tensor in tensors.items()} != shapes_of(args.width, width):
         raise SAEError(f"not a complete checkpoint · {path} · delete it: training then begins anew")
-    return settings, tensors
-
-
-def resume(state, args):
-    """Take up a checkpoint of the same settings → whether there is one."""
-    path = checkpoint_path(args)
-    if not path.exists():
-        return False
-    settings, tensors = read_checkpoint(path)
     if settings != training_key(args):
         raise SAEError(f"a checkpoint of other settings lies there · {path} · "
                        "delete it, or pass the settings it was made with")
+    return tensors
+
+
+def shapes_of(latents, width):
+    """What a checkpoint holds → {name: shape}."""
+    shapes = {"W_enc": (width, latents), "b_enc": (latents,), "W_dec": (latents, width),
+              "b_dec": (width,)}
+    moments = {}
+    for number, name in enumerate(PARAMETERS):
+        moments[f"adam{number}.step"] = ()
+        moments[f"adam{number}.exp_avg"] = shapes[name]
+        moments[f"adam{number}.exp_avg_sq"] = shapes[name]
+    return {**shapes, **moments, "idle": (latents,), "scale": (), "variance": (3,), "step_done": ()}
+
+
+def resume(state, tensors, args):
+    """Take up the tensors of a checkpoint."""
     with torch.no_grad():
         for name in PARAMETERS:
             getattr(state, name).copy_(tensors[name])
@@ -530,7 +676,6 @@ def resume(state, args):
     state.idle = tensors["idle"]
     last_but_one = steps_of(args) - 1                   # killed after the last step: do it again
     state.step = min(int(tensors["step_done"]), last_but_one)
-    return True
 
 
 # ---------------------------------------------------------------- the command
@@ -588,27 +733,75 @@ def parse_args():
                    help="activations in the shuffle buffer")
     p.add_argument("--dead-after", type=int, default=100_000,
                    help="activations without firing after which a latent counts as dead")
-    return p.parse_args()
+    args = p.parse_args()
+    check_flags(args)
+    return args
+
+
+LEAST = {"max_length": 2, "limit": 1, "seed": 0, "width": 1, "k": 1, "cuts": 0, "turns": 1,
+         "tokens": 1, "batch": 1, "buffer": 1, "dead_after": 1}
+MOST = 2**48
+
+
+def check_counts(args):
+    """Refuse counts that cannot be meant, of the flags that there are."""
+    for name, least in LEAST.items():
+        value = getattr(args, name, None)
+        if value is not None and not least <= value <= MOST:
+            flag = "--" + name.replace("_", "-")
+            raise SAEError(f"{flag} {value} is out of range · {flag} · "
+                           f"pass a number from {least}")
+
+
+def check_flags(args):
+    """Refuse values that cannot train."""
+    check_counts(args)
+    if args.k > args.width:
+        raise SAEError(f"--k {args.k} latents cannot fire · --width {args.width} · "
+                       "a smaller --k or a larger --width")
+    for flag in ("--end-share", "--mean-share"):
+        share = getattr(args, flag[2:].replace("-", "_"))
+        if not 0 <= share < 1:
+            raise SAEError(f"{flag} {share} is out of range · {flag} · pass a share from 0 to 1")
+    if args.end_share + args.mean_share >= 1:
+        raise SAEError(f"--end-share {args.end_share} and --mean-share {args.mean_share} leave no "
+                       "room for ordinary tokens · --end-share, --mean-share · together below 1")
+    if not 0 < args.lr < math.inf:
+        raise SAEError(f"--lr {args.lr} is out of range · --lr · pass a number above 0")
+    if Path(args.out).suffix != ".safetensors" or Path(args.out).is_dir():
+        raise SAEError(f"not the name of a .safetensors file · --out {args.out} · "
+                       "e.g. --out my-sae.safetensors")
+
+
+def check_layer(backbone, layer, name):
+    """Refuse a block that the model does not have."""
+    blocks = len(backbone.blocks)
+    if layer is None or not 0 <= layer < blocks:
+        raise SAEError(f"layer {layer} does not exist · "
+                       f"{name} has blocks 0 to {blocks - 1} · pass --layer")
 
 
 def main():
     """Train an SAE from the command line."""
     args = parse_args()
+    texts = read_texts(args.texts, args.limit)
+    note = note_on_conversations(texts, args.texts)
+    if note:
+        print_at_once(note)
     backbone = stage1.load_backbone(args.model)
-    blocks = len(backbone.blocks)
-    if args.layer is None or not 0 <= args.layer < blocks:
-        raise SAEError(f"layer {args.layer} does not exist · "
-                       f"{args.model} has blocks 0 to {blocks - 1} · pass --layer")
-    texts = read_texts(args.texts)[:args.limit]
-    sae = train(backbone, texts, args.layer, args, progress=print_at_once)
+    check_layer(backbone, args.layer, args.model)
+    if Path(args.out).exists():
+        print_at_once(f"note: {args.out} will be replaced")
+    sae = train(backbone, texts, args.layer, args, say=print_at_once)
     print(f"\nwritten {args.out}")
     print(describe(sae))
     print(f"\nnext: python 02_select_features.py --sae {args.out}")
 
 
 def print_at_once(line):
-    """A line of progress, also where the output is a file."""
-    print(line, flush=True)
+    """A line of progress, beside a bar and also where the output is a file."""
+    tqdm.write(line)
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":
