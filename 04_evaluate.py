@@ -158,6 +158,10 @@ class Data(Pairs):
             raise UserError(f"{self.folds} prompts cannot be tested by folds · {run} · "
                             "more pairs: 200 prompts are a start")
         self.sae = self.open_sae(sae_path or self.meta["sae"])
+        lowest, highest = self.head["latents"].aminmax()
+        if lowest < 0 or highest >= self.sae.d_sae:
+            raise UserError(f"it names latents that the SAE does not have · {self.head_path} · "
+                            "run 03 again")
         self.settings = self.head_meta["settings"]
         self.asked = self.head_meta["asked"]
         self.total = self.meta["k"]                 # latents a side that stage 2 kept

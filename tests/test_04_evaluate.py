@@ -1314,6 +1314,16 @@ def not_to_be_called(*_, **__):
     pytest.fail("this was not to be called")
 
 
+@pytest.mark.parametrize("latent", [-1, 64, 2**31])
+def test_a_head_with_latents_that_the_sae_does_not_have_is_refused(latent, run):
+    path = run / "reward_head.safetensors"
+    tensors, meta = stage3.load_stage(path)
+    tensors["latents"][0] = latent
+    stage3.save_stage(path, tensors, meta)
+    result = tiny.command("04_evaluate", "--run", run, "--texts", 0)
+    tiny.assert_one_line_error(result, "latents that the SAE does not have", path)
+
+
 def test_without_texts_no_language_model_is_opened(run, monkeypatch):
     monkeypatch.setattr(stage1, "load_backbone", not_to_be_called)
     found = evaluate(run, "--sweeps", "none")
