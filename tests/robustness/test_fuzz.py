@@ -317,6 +317,8 @@ def test_most_damaged_data_files_are_refused_or_lose_rows(data_cases):
 
 # ---------------------------------------------------------------- damaged files of a run
 
+UNEXPECTED = re.compile("^error: unexpected [A-Z]", re.M)           # the name of an exception
+
 SHARD = "activations/layer1-mean-00000-of-00001.safetensors"
 
 
@@ -408,13 +410,13 @@ def outcomes(run, lines_of, cases, first_seed, title):
             code, err = call(*line)
         found.append((f"{file} · {line[0]}, seed {seed}", code, err))
         TABLE[title][came_of(code, err)] += 1
-        if "unexpected" in err:
+        if UNEXPECTED.search(err):
             TABLE[f"  {file} · {line[0]}"][err.strip().splitlines()[-1][:150]] += 1
     return found
 
 
 def came_of(code, err):
-    if "unexpected" in err:
+    if UNEXPECTED.search(err):
         return "unexpected"
     return "refused in one line" if code else "went on"
 
@@ -440,8 +442,7 @@ def test_a_command_given_damaged_files_ends_well_or_in_one_line(made, read):
 
 
 def test_no_damage_ends_in_a_line_that_no_check_wrote(made, read):
-    unexpected = [(what, err) for what, _, err in made + read
-                  if re.search("^error: unexpected [A-Z]", err, re.M)]
+    unexpected = [(what, err) for what, _, err in made + read if UNEXPECTED.search(err)]
     assert not unexpected
 
 
