@@ -59,7 +59,7 @@ from parts.models import (
     within_positions,
 )
 from parts.packing import forward_passes, packing_holds
-from parts.rows import OddRow, read_rows, usable_pairs
+from parts.rows import as_written, in_words, read_rows, tell_notes, usable_pairs
 
 SPLITS = ("train", "dev", "test")
 TRAIN, DEV, TEST = range(3)         # how the files number them
@@ -346,8 +346,7 @@ def sort_pairs(args, tokenizer, pairs_file, dropped_file, rendered):
         pairs, reasons = usable_pairs(tokenizer, raw, args.label, args.max_length, first)
 
         for reason in reasons:
-            row = raw.cells if isinstance(raw, OddRow) else raw
-            write_row(dropped_file, {"where": where, "reason": reason, "row": row})
+            write_row(dropped_file, {"where": where, "reason": reason, "row": as_written(raw)})
             counts.dropped.append((reason, where))
 
         if args.limit:
@@ -623,8 +622,7 @@ def settings_of(args, config, tokenizer):
 
 def report(args, counts, computed, count):
     """The table at the end."""
-    for note, pairs in counts.notes.most_common():
-        print(f"note: {note} ({pairs} pairs)")
+    tell_notes(counts.notes, "pairs")
     by_split = " · ".join(f"{name} {counts.split[name]}" for name in SPLITS)
     layers = ", ".join(str(layer) for layer in args.layer)
     shards = count * len(args.layer) * len(args.token)
@@ -635,9 +633,8 @@ def report(args, counts, computed, count):
     print(f"shards     {computed} computed, {shards - computed} found complete")
     print(f"written    {args.run}/pairs.jsonl, {args.run}/activations/")
     if counts.dropped:
-        reasons = collections.Counter(reason for reason, _ in counts.dropped).most_common(4)
-        why = ", ".join(f"{n} × {reason}" for reason, n in reasons)
-        print(f"dropped    {args.run}/dropped.jsonl: {why}")
+        reasons = collections.Counter(reason for reason, _ in counts.dropped)
+        print(f"dropped    {args.run}/dropped.jsonl: {in_words(reasons, 4)}")
 
     shipped = f"assets/sae-smollm2-135m-layer{args.layer[0]}.safetensors"
     sae = shipped if args.model == "demo" and Path(shipped).exists() else "PATH-OF-YOUR-SAE"

@@ -41,7 +41,7 @@ from parts.files import (
     save_stage,
     up_to_date,
 )
-from parts.latents import pieces
+from parts.latents import pieces, side_of
 from parts.messages import Unreadable, read_prompt, with_last_turn
 from parts.models import same_weights
 
@@ -471,10 +471,8 @@ class RewardModel:
         report saves it.
         """
         tensors, meta = load_stage(path, "03_train_head.py")
-        needed = {"directions", "mean", "std", "w1", "b1", "temperature", "range"}
-        missing = needed - set(tensors)
-        if missing:
-            raise UserError(f"not a reward head: {', '.join(sorted(missing))} missing · {path} · "
+        if meta.get("stage") != "head":         # of one that is, load_stage has checked the tensors
+            raise UserError(f"not a reward head but a file of stage {meta.get('stage')} · {path} · "
                             "pass reward_head.safetensors, made by this version of "
                             "03_train_head.py")
         if isinstance(model, stage1.Backbone):
@@ -605,9 +603,9 @@ class RewardModel:
         parts = self.contributions(hidden)[0].tolist()
         rows = []
         for n, latent in enumerate(self.tensors["latents"].tolist()):
-            side = "chosen" if n < len(parts) // 2 else "rejected"
             rows.append({"latent": latent, "name": self.names.get(latent, {}).get("name"),
-                         "side": side, "score": scores[n], "contribution": parts[n]})
+                         "side": side_of(n, len(parts)), "score": scores[n],
+                         "contribution": parts[n]})
         rows.sort(key=lambda row: -abs(row["contribution"]))
         return {"reward": float(self.reward_of(hidden)),
                 "bias": float(self.head.b1) if self.head.kind == "linear" else None,
@@ -679,7 +677,7 @@ class RewardModel:
             try:
                 texts[n] = self.render(*with_last_turn(prompt, response))
             except Unreadable as error:
-                reasons[n] = str(error).partition(" · ")[0]
+                reasons[n] = error.reason
         return texts, reasons
 
     def rewards_each(self, count, hidden):

@@ -45,7 +45,7 @@ from parts.files import (
 )
 from parts.messages import Unreadable, with_last_turn
 from parts.models import check_length, check_weights, identity, load_tokenizer
-from parts.rows import ACCEPTED, OddRow, read_rows, usable_pairs
+from parts.rows import ACCEPTED, as_written, in_words, read_rows, tell_notes, usable_pairs
 from parts.sampled import HiddenSums, Sampled, score_sampled
 
 stage1, stage3 = (importlib.import_module(name) for name in ("01_extract", "03_train_head"))
@@ -238,14 +238,9 @@ def curve_of(rows):
     return {"prompts": len(rows), "n": n, "curve": curve}
 
 
-def place_of_best(scores):
-    """The place of the largest score, the first of equal ones."""
-    return max(range(len(scores)), key=lambda place: scores[place])
-
-
 def top_of(rows):
     """Mean label of the top-ranked candidate, and of a random pick, over all prompts."""
-    best = [row["labels"][place_of_best(row["scores"])] for row in rows]
+    best = [row["labels"][ranking_of(row["scores"])[0]] for row in rows]
     random_pick = [sum(row["labels"]) / len(row["labels"]) for row in rows]
     return sum(best) / len(rows), sum(random_pick) / len(rows)
 
@@ -272,11 +267,6 @@ def reasons_of(rows):
                                if reason)
 
 
-def in_words(reasons):
-    """A Counter of reasons → "2 × this, 1 × that"."""
-    return ", ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3))
-
-
 def with_scores(row):
     """A row of candidates → the same without those that have no score."""
     scored = [place for place, score in enumerate(row["scores"]) if score is not None]
@@ -285,7 +275,7 @@ def with_scores(row):
 
 
 def ranking_of(scores):
-    """Places from the best score to the worst; what has no score comes last."""
+    """Places from the best score to the worst, the first of equal ones first; None comes last."""
     return sorted(range(len(scores)),
                   key=lambda place: math.inf if scores[place] is None else -scores[place])
 
@@ -509,8 +499,7 @@ def pairs(args):
     if not rows:
         raise UserError(f"no pairs · {args.filter} · rows need {ACCEPTED}")
     notes = collections.Counter(note for row in rows for note in row.pop("notes", ()))
-    for note, count in notes.most_common():
-        print(f"note: {note} ({count} pairs)")
+    tell_notes(notes, "pairs")
 
     for row in rows:
         if args.plain and "reason" not in row and not isinstance(row["prompt"], str):
@@ -568,7 +557,7 @@ def existing_pairs(path, reward, label=None):
             name = where.rpartition(":")[2]             # the line of the file
         for reason in reasons:
             yield {"id": name, "reason": reason,
-                   "row": raw.cells if isinstance(raw, OddRow) else raw}
+                   "row": as_written(raw)}
         for pair in found:
             yield {"id": name, "prompt": pair.prompt, "chosen": pair.chosen,
                    "rejected": pair.rejected, "notes": pair.notes}

@@ -6,7 +6,15 @@ import math
 
 from parts.files import UserError
 from parts.messages import Unreadable, check_asks
-from parts.rows import SYSTEM, OddRow, behind_context, prompt_of_row, read_rows, unread_columns
+from parts.rows import (
+    SYSTEM,
+    behind_context,
+    check_row,
+    notes_on_columns,
+    prompt_of_row,
+    read_rows,
+    tell_notes,
+)
 
 # columns of a row of candidates that hold something for each of them
 EACH = ("candidates", "labels", "ids", "scores", "outside", "reasons")
@@ -24,22 +32,13 @@ def prompt_to_answer(row):
 
     Errors: Unreadable.
     """
-    if isinstance(row, OddRow):
-        raise Unreadable(row.reason)
-    if not isinstance(row, dict):
-        raise Unreadable("not a JSON object")
-    _, prompt = prompt_of_row(row)
+    check_row(row)
+    prompt = prompt_of_row(row)
     if not prompt or (isinstance(prompt, str) and not prompt.strip()):
         raise Unreadable("no prompt in this row")
     prompt = behind_context(row, prompt)
     check_asks(prompt)
     return prompt
-
-
-def tell_unread(unread):
-    """Say which columns are not read. unread: Counter of names."""
-    for name, count in unread.most_common():
-        print(f"note: column {name} is not read ({count} rows)")
 
 
 def read_prompts(path, check=check_asks):
@@ -49,19 +48,19 @@ def read_prompts(path, check=check_asks):
     """
     found = {}
     reasons = {}
-    unread = collections.Counter()
+    notes = collections.Counter()
     for where, row in read_rows(path):
         try:
             prompt = prompt_to_answer(row)
             check(prompt)
             found.setdefault(json.dumps(prompt), prompt)
-            unread.update(unread_columns(row))
+            notes.update(notes_on_columns(row))
         except Unreadable as reason:
             reasons[where] = str(reason)
     if not found:
         where, reason = next(iter(reasons.items()), (path, "no prompts"))
         raise UserError(f"{reason} · {where} · rows need a prompt (text or messages)")
-    tell_unread(unread)
+    tell_notes(notes, "rows")
     return list(found.values()), reasons
 
 
@@ -72,12 +71,12 @@ def read_candidates(path):
     and says in `unreadable` why its candidates get no score.
     """
     rows = {}                                   # by prompt
-    unread = collections.Counter()
+    notes = collections.Counter()
     for where, raw in read_rows(path):
         row = with_lists(raw, where)
         try:
             row["prompt"] = prompt_to_answer(raw)
-            unread.update(unread_columns(raw))
+            notes.update(notes_on_columns(raw))
             for name in ("history", *SYSTEM):   # they are in the prompt now
                 row.pop(name, None)
         except Unreadable as reason:
@@ -89,7 +88,7 @@ def read_candidates(path):
     if not rows:
         raise UserError(f"no candidates · {path} · "
                         "rows need prompt and candidates, or prompt and response")
-    tell_unread(unread)
+    tell_notes(notes, "rows")
     return list(rows.values())
 
 

@@ -18,7 +18,7 @@ import torch
 
 from parts.chat import render
 from parts.files import UserError
-from parts.latents import last_turn, pieces
+from parts.latents import last_turn, latent_activations, pieces
 
 AROUND = 12             # tokens shown on either side of the one where a direction fires
 MOST_RESPONSES = 500    # read for the contexts, and as many for the quiz
@@ -97,8 +97,8 @@ def read_tokens(model, sae, responses, probes):
 def read_one(model, sae, z, wanted, probes):
     """z of one response's tokens [t, d] → (f [t, m], projections [t, RANDOM], fires at the mean
     [m], parts of the reward [t] or None)."""
-    f = torch.cat([sae.encode(part)[:, wanted] for part in z.split(256)])
-    at_mean = sae.encode(z.mean(0, keepdim=True))[0, wanted] > 0
+    f = latent_activations(sae, z, wanted)
+    at_mean = latent_activations(sae, z.mean(0, keepdim=True), wanted)[0] > 0
     parts = model.parts_of(z).tolist() if model.reads_tokens() else None
     return f.half(), z @ probes.T, at_mean, parts
 
@@ -160,12 +160,21 @@ def peak_of(reading, values, text):
 def window(reading, values, token):
     """A token with AROUND others on either side → {id, side, prompt, heat: [(token, value)]}."""
     text = int(np.searchsorted(reading.borders, token, side="right")) - 1
-    start = max(reading.borders[text], token - AROUND)
-    stop = min(reading.borders[text + 1], token + AROUND + 1)
+    begins, ends = reading.borders[text], reading.borders[text + 1]
+    start = max(begins, token - AROUND)
+    stop = min(ends, token + AROUND + 1)
+    heat = []
+    for at in range(start, stop):
+        heat.append([reading.tokens[at], round(float(values[at]), 3)])
+
     pair, side = reading.responses[text]
-    heat = [[reading.tokens[at], round(float(values[at]), 3)] for at in range(start, stop)]
-    return {"id": pair["id"], "side": side, "prompt": last_turn(pair["prompt"]), "heat": heat,
-            "cut": [bool(start > reading.borders[text]), bool(stop < reading.borders[text + 1])]}
+    return {
+        "id": pair["id"],
+        "side": side,
+        "prompt": last_turn(pair["prompt"]),
+        "heat": heat,
+        "cut": [bool(start > begins), bool(stop < ends)],
+    }
 
 
 def histogram(reading, values, most=6):
@@ -266,12 +275,7 @@ def read_names(path, meta=None):
     path = Path(path)
     advice = "a JSON file that the page saved, or rows with index and description"
     try:
-        text = path.read_text("utf-8")
-        found = json.loads(text) if text.lstrip().startswith(("[", "{\n", "{\r")) else None
-        if found is None:
-            found = [json.loads(line) for line in text.splitlines() if line.strip()]
-        if isinstance(found, list) and len(found) == 1 and "names" in found[0]:
-            found = found[0]
+        found = json_or_lines(path.read_text("utf-8"))
         if isinstance(found, dict):
             check_names(found, meta or {}, path)
             found = found["names"]
@@ -290,6 +294,19 @@ def read_names(path, meta=None):
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"not a file of names ({type(error).__name__}: {error}) · {path} · "
                         f"--names takes {advice}") from None
+
+
+def json_or_lines(text):
+    """What a text of JSON holds; of a text with an object a line the list of them.
+
+    A row alone is a list of one.
+    """
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    is_row = isinstance(found, dict) and "index" in found
+    return [found] if is_row else found
 
 
 def check_names(saved, meta, path):

@@ -15,7 +15,7 @@ import sys
 import torch
 
 from parts.files import UserError
-from parts.latents import last_turn, pieces
+from parts.latents import last_turn, latent_activations, pieces, side_of
 
 LARGEST = 10        # directions listed
 
@@ -110,11 +110,13 @@ def print_directions(data, model, texts, parts, names, top):
     print(f"  latent  side       adds  of {names[0]:<9} of {names[1]:<9} fires on")
     for n in shown:
         latent = int(data.head["latents"][n])
-        side = "chosen" if n < len(difference) // 2 else "rejected"
-        name = model.names.get(latent, {}).get("name", "")
+        side = side_of(n, len(difference))
+        where = [f"{name}: {in_short(of_text[n])}" for name, of_text in zip(names, fired)]
+        own_name = model.names.get(latent, {}).get("name")
+        if own_name:
+            where.append(own_name)
         print(f"  {latent:>6}  {side:<8} {difference[n]:+.3f}   {parts[0, n]:+.3f}       "
-              f"{parts[1, n]:+.3f}       {names[0]}: {in_short(fired[0][n])}   {names[1]}: "
-              f"{in_short(fired[1][n])}{'   ' + name if name else ''}")
+              f"{parts[1, n]:+.3f}       {'   '.join(where)}")
     if model.head.kind == "linear":
         for rest, what in ((others, "more that fire"), (silent, "whose latent fires in neither")):
             print(f"  {len(rest):>6}  {what:<27} {float(difference[rest].sum()):+.3f}")
@@ -125,9 +127,13 @@ def fired_tokens(model, sae, text):
     """The tokens of a rendered response on which each latent of the head fires → list of lists."""
     stop = text.stop if model.meta["token"] == "mean" else len(text.ids)
     z = model.token_states(text, stop)
-    fires = torch.cat([sae.encode(part)[:, model.tensors["latents"]] > 0 for part in z.split(256)])
+    f = latent_activations(sae, z, model.tensors["latents"])        # [t, 2K]
     tokens = pieces(model.backbone.tokenizer, text.ids[:stop], text.first)
-    return [[tokens[at] for at in column.nonzero().flatten().tolist()] for column in fires.T]
+    found = []
+    for of_latent in f.T:
+        places = (of_latent > 0).nonzero().flatten().tolist()
+        found.append([tokens[at] for at in places])
+    return found
 
 
 def in_short(tokens):

@@ -17,6 +17,11 @@ TEST = 2            # how pairs.jsonl's splits are numbered in the files
 
 # ---------------------------------------------------------------- activations and tokens
 
+def side_of(number, count):
+    """Of `count` directions the first half is of the chosen side, the other of the rejected one."""
+    return "chosen" if number < count // 2 else "rejected"
+
+
 def latent_activations(sae, z, latents):
     """f_j(z) of some latents, [n, len(latents)]."""
     return torch.cat([sae.encode(part)[:, latents] for part in z.split(1024)])
@@ -94,7 +99,7 @@ def latent_rows(data, head, adds, adds_firing, tokens, intervals):
     rows = []
     for n in adds_firing.abs().argsort(descending=True, stable=True).tolist():
         latent = latents[n]
-        side = "chosen" if n < len(latents) // 2 else "rejected"
+        side = side_of(n, len(latents))
         against = weights[n] is not None and (weights[n] < 0) == (side == "chosen")
         rows.append({
             "latent": latent,

@@ -16,6 +16,11 @@ from parts.files import UserError
 class Unreadable(UserError):
     """Why a text cannot be read as it is meant: nothing that the model should see may be lost."""
 
+    @property
+    def reason(self):
+        """What is wrong, without where and what to do."""
+        return str(self).partition(" · ")[0]
+
 
 # ---------------------------------------------------------------- one form for messages
 

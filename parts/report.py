@@ -302,16 +302,34 @@ def print_report(folder, result, written, name=None, names=None):
     print_accuracy(f"{result['run']['folds']} folds", rows)
     if result["curves"].get("k"):
         print_k_curve(result["curves"]["k"])
-    if result["categories"]:
-        print("\n  category             accuracy")
-        for category, row in result["categories"].items():
-            print(f"  {category:<20} {row['accuracy']:.3f}  [{row['low']:.3f}, {row['high']:.3f}] "
-                  f" {row['n']} pairs")
+    print_categories(result["categories"])
     for other, rows in result["other"].items():
         print_accuracy(f"{other}, by heads of this set", rows)
     if names:
         print_names(result["latents"], names)
 
+    print_figures(result)
+    print(f"written      {folder}/evaluation.json, {', '.join(written)}")
+    directions = result.get("quiz", {}).get("directions", [])
+    if directions:
+        print(f"quiz         name {len(directions)} directions and test the names, in "
+              f"{folder}/report.html#quiz; --names takes the file that it saves")
+    for text in result["sae"]["warnings"]:
+        print("note: SAE:", text)
+    print_next(folder, result, name)
+
+
+def print_categories(categories):
+    """Accuracy by category, where the pairs have several."""
+    if categories:
+        print("\n  category             accuracy")
+    for category, row in categories.items():
+        print(f"  {category:<20} {row['accuracy']:.3f}  [{row['low']:.3f}, {row['high']:.3f}] "
+              f" {row['n']} pairs")
+
+
+def print_figures(result):
+    """Calibration and length on the test split, and how small the head is."""
     cost = result["cost"]
     print()
     if "calibration" in result:
@@ -322,14 +340,10 @@ def print_report(folder, result, written, name=None, names=None):
         print(f"length       correlation with the reward {result['length']['correlation']:+.2f}")
     print(f"parameters   {cost['trained_parameters']:,} trained (K = {result['run']['k']} a side), "
           f"{cost['share']:.1e} of the backbone")
-    print(f"written      {folder}/evaluation.json, {', '.join(written)}")
-    directions = result.get("quiz", {}).get("directions", [])
-    if directions:
-        print(f"quiz         name {len(directions)} directions and test the names, in "
-              f"{folder}/report.html#quiz; --names takes the file that it saves")
-    for text in result["sae"]["warnings"]:
-        print("note: SAE:", text)
 
+
+def print_next(folder, result, name):
+    """The next commands. name: of the head, where it is not the run's first."""
     run = f"--run {folder.parent} --name {name}" if name else f"--run {folder}"
     example = shlex.quote(result["wrong"][0]["id"]) if result.get("wrong") else "ID"
     print(f"\nnext: open {folder}/report.html in a browser")

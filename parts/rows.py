@@ -23,7 +23,6 @@ from parts.messages import (
     as_turns,
     check_asks,
     check_prompt,
-    check_text,
     context_and_answer,
     messages_of,
     read_prompt,
@@ -242,7 +241,7 @@ def pairs_of_trl(row):
     if isinstance(chosen, str) != isinstance(rejected, str):    # one only looks like messages
         chosen = row["chosen"] if isinstance(row["chosen"], str) else chosen
         rejected = row["rejected"] if isinstance(row["rejected"], str) else rejected
-    name, prompt = prompt_of_row(row)
+    name, prompt = prompt_column(row), prompt_of_row(row)
     if isinstance(chosen, list) and chosen and isinstance(chosen[0], str):
         return pairs_of_lists(prompt, chosen, rejected)
     if prompt:
@@ -266,25 +265,36 @@ def pairs_of_lists(prompt, chosen, rejected):
 
 # ---------------------------------------------------------------- the prompt, and what is before it
 
+def prompt_column(row):
+    """The name of the column that holds the prompt; of empty ones the first; None where none is."""
+    filled = [name for name in PROMPTS if row.get(name) not in (None, "", [])]
+    there = [name for name in PROMPTS if name in row]
+    return next(iter(filled + there), None)
+
+
+def system_column(row):
+    """The name of the column that holds a system turn, or None."""
+    return next((name for name in SYSTEM if row.get(name)), None)
+
+
 def prompt_of_row(row):
-    """→ (name of the column that holds the prompt or None, the prompt: text, messages or empty).
+    """→ the prompt: text or messages; None where the row has none.
 
     Alpaca splits it into instruction and input.
     """
-    there = [name for name in PROMPTS if row.get(name) not in (None, "", [])]
-    if not there:
-        return next((name for name in PROMPTS if name in row), None), None
-    name = there[0]
-    value = row[name]
+    name = prompt_column(row)
+    value = row.get(name)
+    if value in (None, "", []):
+        return None
     if name == "instruction" and isinstance(value, str) and str(row.get("input") or "").strip():
         value = f"{value}\n\n{row['input']}"
-    return name, read_prompt(value)
+    return read_prompt(value)
 
 
 def behind_context(row, prompt):
     """A prompt → behind the turns of the columns system and history, where the row has them."""
     before = history_of(row)
-    system = next((row[name] for name in SYSTEM if row.get(name)), None)
+    system = row.get(system_column(row))
     if not before and not system:
         return prompt
     check_prompt(prompt)
@@ -327,11 +337,7 @@ def split_explicit(prompt, chosen, rejected):
     turns = as_turns(prompt)
     if both_transcripts(chosen, rejected) and holds(turns_of_transcript(chosen), turns):
         chosen, rejected = turns_of_transcript(chosen), turns_of_transcript(rejected)
-    chosen, rejected = without_prompt(prompt, chosen, rejected)
-    before, answer = context_and_answer(chosen)
-    before_rejected, answer_rejected = context_and_answer(rejected)
-    if before != before_rejected:
-        raise Unreadable("the two conversations part before the last turn")
+    before, answer, answer_rejected = split_sides(*without_prompt(prompt, chosen, rejected))
     if not before:
         return prompt, answer, answer_rejected
     if holds(before, turns):
@@ -341,6 +347,15 @@ def split_explicit(prompt, chosen, rejected):
     system = [turn for turn in before if turn["role"] == "system"]
     rest = [turn for turn in before if turn["role"] != "system"]
     return [*system, *turns, *rest], answer, answer_rejected
+
+
+def split_sides(chosen, rejected):
+    """Two answers, or conversations that part in the last turn → (what is before, both answers)."""
+    before, answer = context_and_answer(chosen)
+    before_rejected, answer_rejected = context_and_answer(rejected)
+    if before != before_rejected:
+        raise Unreadable("the two conversations part before the last turn")
+    return before, answer, answer_rejected
 
 
 def holds(conversation, turns):
@@ -391,12 +406,9 @@ def split_implicit(row, chosen, rejected):
     if isinstance(chosen, str):
         refuse_unknown_text(row)
         return split_common_text(chosen, rejected)
-    before, answer = context_and_answer(chosen)
-    before_rejected, answer_rejected = context_and_answer(rejected)
-    if answer == answer_rejected and before == before_rejected:
+    before, answer, answer_rejected = split_sides(chosen, rejected)
+    if answer == answer_rejected:
         raise Unreadable("chosen and rejected are the same conversation")
-    if before != before_rejected:
-        raise Unreadable("the two conversations part before the last turn")
     return before, answer, answer_rejected
 
 
@@ -418,9 +430,8 @@ def refuse_unknown_text(row):
 
 def unread_columns(row):
     """Names of the columns of a row that hold text and are no part of what is read."""
-    name_of_prompt, _ = prompt_of_row(row)
-    read = {name_of_prompt, "chosen", "rejected", *OF_CANDIDATES}
-    read |= set([name for name in SYSTEM if row.get(name)][:1])
+    name_of_prompt = prompt_column(row)
+    read = {name_of_prompt, system_column(row), "chosen", "rejected", *OF_CANDIDATES}
     if "chosen" not in row:
         read |= {"response_0", "response_1", "mc1_targets", "mc2_targets"}
     if name_of_prompt == "instruction":
@@ -429,6 +440,11 @@ def unread_columns(row):
         read.add("history")
     return [str(name) for name, value in row.items()
             if name not in read and value and may_be_context(str(name), value)]
+
+
+def notes_on_columns(row):
+    """The columns of a row that are not read → sentences."""
+    return [f"column {name} is not read" for name in unread_columns(row)]
 
 
 def may_be_context(name, value):
@@ -441,18 +457,41 @@ def may_be_context(name, value):
     return isinstance(value, (list, dict)) and name not in ABOUT
 
 
+def check_row(row):
+    """Refuse what is no row with columns. Errors: Unreadable."""
+    if isinstance(row, OddRow):
+        raise Unreadable(row.reason)
+    if not isinstance(row, dict):
+        raise Unreadable("not a JSON object")
+
+
+def as_written(row):
+    """A row as it stands in its file, for those that are left out."""
+    return row.cells if isinstance(row, OddRow) else row
+
+
+def tell_notes(notes, what):
+    """Print each note with how many `what` it is about. notes: Counter."""
+    for note, count in notes.most_common():
+        print(f"note: {note} ({count} {what})")
+
+
+def in_words(reasons, most=3):
+    """A Counter of reasons → "2 × this, 1 × that"."""
+    return ", ".join(f"{count} × {reason}" for reason, count in reasons.most_common(most))
+
+
 def pairs_or_reason(row, label=None, first=None):
     """pairs_of_row() of whatever a file may hold.
 
     first: where the row stands, if it is the first of its file: then a layout that is none is the
     file's, and an error.
     """
-    if isinstance(row, OddRow):
-        return row.reason
-    if not isinstance(row, dict):
-        return "not a JSON object"
     try:
+        check_row(row)
         return pairs_of_row(row, label)
+    except Unreadable as reason:
+        return str(reason)
     except NoLayout as error:
         if first:
             raise UserError(f"{error} · {first} · accepted: {ACCEPTED}") from None
@@ -491,14 +530,14 @@ def usable_pairs(tokenizer, row, label, max_length, first=None):
             notes = notes_on(row, prompt, texts)
             pairs.append(Pair(prompt, chosen, rejected, texts, notes))
         except Unreadable as reason:
-            reasons.append(str(reason).partition(" · ")[0])
+            reasons.append(reason.reason)
     return pairs, reasons
 
 
 def notes_on(row, prompt, texts):
     """What a reader of the data should know of how this row is read → sentences, each once."""
-    notes = [f"column {name} is not read" for name in unread_columns(row)]
-    name, _ = prompt_of_row(row)
+    notes = notes_on_columns(row)
+    name = prompt_column(row)
     plain = isinstance(row.get("chosen"), str) and not both_transcripts(row["chosen"],
                                                                         row["rejected"])
     if name is None and plain:
@@ -523,8 +562,6 @@ def check_pair(prompt, chosen, rejected):
     """Refuse what is no text, or no conversation. Errors: Unreadable."""
     if not all(isinstance(side, str) and side.strip() for side in (chosen, rejected)):
         raise Unreadable("an empty or non-text response")
-    for side in (chosen, rejected):
-        check_text(side, "response")
     if not prompt:
         raise Unreadable("an empty or non-text prompt")
     check_asks(prompt)

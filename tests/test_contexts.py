@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from tiny import draw, linear_reward
 
 from parts import contexts
 from parts.chat import render
@@ -20,26 +21,11 @@ stage4 = importlib.import_module("04_evaluate")
 WATER = "Is water wet?"
 
 
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 # ---------------------------------------------------------------- the tokens of many responses
 
 @pytest.fixture(scope="module")
 def sae(tmp_path_factory):
     return load_sae(tiny.save_sae(tmp_path_factory.mktemp("sae") / "sae.safetensors"))
-
-
-def model_on(backbone, latents, token="mean"):
-    """A RewardModel with a random linear head on some latents of block 1."""
-    m = len(latents)
-    tensors = {"directions": draw(m, tiny.WIDTH), "mean": draw(m, seed=1),
-               "std": draw(m, seed=2).abs() + 0.1, "w1": draw(m, seed=3), "b1": draw(1, seed=4),
-               "latents": torch.tensor(latents), "temperature": torch.ones(1),
-               "range": torch.ones(1)}
-    meta = {"layer": 1, "token": token, "max_length": 256, "normalise": "none", "norm_eps": 1e-6}
-    return stage3.RewardModel(tensors, meta, backbone)
 
 
 RESPONSES = [({"id": "a", "prompt": WATER, "chosen": "Yes, it is.", "rejected": "No."}, "chosen"),
@@ -60,7 +46,7 @@ def test_tokens_read_together_are_those_of_each_text_alone(pack, backbone_of, sa
     backbone = backbone_of("gemma2")
     monkeypatch.setattr(backbone, "pack", pack)
     probes = draw(contexts.RANDOM, tiny.WIDTH, seed=9)
-    model = model_on(backbone, LATENTS)
+    model = linear_reward(backbone, LATENTS)
     found = contexts.read_tokens(model, sae, RESPONSES, probes)
     for n, (pair, side) in enumerate(RESPONSES):
         own = slice(found.borders[n], found.borders[n + 1])
@@ -76,7 +62,7 @@ def test_tokens_read_together_are_those_of_each_text_alone(pack, backbone_of, sa
 
 
 def test_where_the_reward_is_no_sum_over_tokens_they_have_no_parts(backbone_of, sae):
-    model = model_on(backbone_of("llama"), LATENTS, token="last")
+    model = linear_reward(backbone_of("llama"), LATENTS, token="last")
     found = contexts.read_tokens(model, sae, RESPONSES, draw(contexts.RANDOM, tiny.WIDTH))
     assert found.parts == [None] * 3
     assert contexts.read_pairs(found)["b"]["chosen"][0][1] is None
@@ -84,7 +70,7 @@ def test_where_the_reward_is_no_sum_over_tokens_they_have_no_parts(backbone_of, 
 
 def test_many_tokens_are_read_up_to_a_limit_and_the_first_text_always(
         backbone_of, sae, monkeypatch):
-    model = model_on(backbone_of("llama"), LATENTS)
+    model = linear_reward(backbone_of("llama"), LATENTS)
     probes = draw(contexts.RANDOM, tiny.WIDTH)
     whole = contexts.read_tokens(model, sae, RESPONSES, probes)
     for limit, texts in ((1, 1), (whole.borders[2], 2), (whole.borders[3], 3)):
@@ -104,7 +90,7 @@ def test_the_responses_taken_are_whole_pairs_each_text_once_in_any_order_of_the_
 
 
 def test_a_pair_of_the_page_holds_both_sides_with_the_part_of_each_token(backbone_of, sae):
-    model = model_on(backbone_of("llama"), LATENTS)
+    model = linear_reward(backbone_of("llama"), LATENTS)
     reading = contexts.read_tokens(model, sae, RESPONSES, draw(contexts.RANDOM, tiny.WIDTH))
     found = contexts.read_pairs(reading)
     assert found["a"].keys() == {"prompt", "chosen", "rejected"}

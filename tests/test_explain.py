@@ -4,9 +4,8 @@ import importlib
 import re
 
 import pytest
-import tiny
 import torch
-from tiny import assert_one_line_error, command
+from tiny import assert_one_line_error, command, draw, linear_reward
 
 from parts import explain
 from parts.files import UserError
@@ -15,10 +14,6 @@ stage1 = importlib.import_module("01_extract")
 stage3 = importlib.import_module("03_train_head")
 stage4 = importlib.import_module("04_evaluate")
 WATER = "Is water wet?"
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")
@@ -197,19 +192,9 @@ TEXTS = [(WATER, "Yes."), (WATER, "No, it is not; ten 🦆 say so."),
          ([{"role": "system", "content": "Be brief."}, {"role": "user", "content": WATER}], "It")]
 
 
-def head_on(backbone, **meta):
-    """A RewardModel with a random linear head on block 1, rule mean."""
-    tensors = {"directions": draw(12, tiny.WIDTH), "mean": draw(12, seed=1),
-               "std": draw(12, seed=2).abs() + 0.1, "w1": draw(12, seed=3), "b1": draw(1, seed=4),
-               "latents": torch.arange(12), "temperature": torch.ones(1), "range": torch.ones(1)}
-    settings = {"layer": 1, "token": "mean", "max_length": 256, "normalise": "none",
-                "norm_eps": 1e-6}
-    return stage3.RewardModel(tensors, settings | meta, backbone)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_parts_of_the_tokens_and_the_bias_add_up_to_the_reward(family, backbone_of):
-    model = head_on(backbone_of(family))
+    model = linear_reward(backbone_of(family), range(12))
     rewards = torch.tensor(model.score(*map(list, zip(*TEXTS))))
     for (prompt, response), reward in zip(TEXTS, rewards.tolist()):
         found = model.tokens(prompt, response)
@@ -220,7 +205,7 @@ def test_the_parts_of_the_tokens_and_the_bias_add_up_to_the_reward(family, backb
 
 
 def test_a_token_has_the_part_of_the_formula(backbone_of):
-    model = head_on(backbone_of("llama"))
+    model = linear_reward(backbone_of("llama"), range(12))
     text = model.render(WATER, "Yes, it is.")
     own = hidden_alone(model.backbone, text.ids)[text.first:text.stop]
     found = model.tokens(WATER, "Yes, it is.")
@@ -234,7 +219,7 @@ def test_a_token_has_the_part_of_the_formula(backbone_of):
 
 @pytest.mark.parametrize("meta", [{"token": "last"}, {"normalise": "rms"}])
 def test_where_the_reward_is_no_sum_over_tokens_there_are_no_parts(meta, backbone_of):
-    model = head_on(backbone_of("llama"), **meta)
+    model = linear_reward(backbone_of("llama"), range(12), **meta)
     assert not model.reads_tokens()
     with pytest.raises(UserError, match="a sum over tokens only with token rule mean"):
         model.tokens(WATER, "Yes.")

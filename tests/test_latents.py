@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from tiny import draw
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from parts import latents
@@ -16,10 +17,6 @@ stage1 = importlib.import_module("01_extract")
 stage3 = importlib.import_module("03_train_head")
 stage4 = importlib.import_module("04_evaluate")
 TRAIN, DEV, TEST = range(3)
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def some_pairs(z, split, pairs):

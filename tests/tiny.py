@@ -102,6 +102,24 @@ def save_sae(path, layer=1, model=None, width=WIDTH, d_sae=64, seed=0):
     return str(path)
 
 
+def draw(*shape, seed=0):
+    """Normal random numbers of this shape."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def linear_reward(backbone, latents, **meta):
+    """A RewardModel with a random linear head on some latents of block 1, rule mean."""
+    m = len(latents)
+    tensors = {"latents": torch.tensor(list(latents)), "directions": draw(m, WIDTH),
+               "mean": draw(m, seed=1), "std": draw(m, seed=2).abs() + 0.1,
+               "w1": draw(m, seed=3), "b1": draw(1, seed=4),
+               "temperature": torch.ones(1), "range": torch.ones(1)}
+    settings = {"layer": 1, "token": "mean", "max_length": 256, "normalise": "none",
+                "norm_eps": 1e-6}
+    stage3 = importlib.import_module("03_train_head")
+    return stage3.RewardModel(tensors, settings | meta, backbone)
+
+
 def make_pairs(n=60):
     """Rows of TRL's explicit layout. Two in three questions share a beginning; the good answer is
     told by its last words."""

@@ -140,8 +140,7 @@ def endings_of(backbone, conversation, max_length, cuts, rng):
     try:
         text = render(backbone.tokenizer, conversation[:-1], conversation[-1]["content"])
     except Unreadable as error:
-        reason = str(error).partition(" · ")[0]
-        raise SAEError(f"a conversation of --texts cannot be read ({reason}) · "
+        raise SAEError(f"a conversation of --texts cannot be read ({error.reason}) · "
                        f"{conversation[0]['content'][:60]!r} … · leave it out; if only the joined "
                        "ones are refused: --turns 1") from None
     ends = [text.stop]
