@@ -158,7 +158,8 @@ def fit_linear(chosen, rejected, loss="bt", l2=0.1, margin=1.0, start=None):
         weights = start
         for curve in curves_of(loss, margin):
             weights = newton(chosen - rejected, curve, l2, weights)
-        bias = -((chosen.double().mean(0) + rejected.double().mean(0)) / 2) @ weights
+        rewards = (chosen @ weights.to(chosen) + rejected @ weights.to(chosen)) / 2
+        bias = -rewards.double().mean()
     head = LinearHead(len(weights))
     head.w1.data = weights.float()
     head.b1.data = bias.reshape(1).float()
@@ -816,17 +817,22 @@ def main():
 
 def train(args, t, record, out):
     """Choose K and L2, fit on all train and dev pairs, write the head."""
-    chosen, rejected = standardised(t)              # [n, 2K]
-    train_rows = (t["fold"] >= 0).nonzero().flatten()
-    fit = train_mlp if args.head == "mlp" else train_linear
-    head, k, l2, differences, extra = fit(args, t, chosen, rejected, train_rows, record)
+    settings = record["settings"]
+    choose_for = choose_mlp if args.head == "mlp" else choose_linear
+    k, l2, differences, extra = choose_for(args, t, record)
 
     columns = columns_of(k, record["k"])
+    chosen, rejected = train_scores(t, columns)                 # [m, 2K']
+    if args.head == "mlp":
+        head, _, _ = fit_mlp(chosen, rejected, l2=l2, seed=extra["seed_kept"],
+                             steps=extra["steps"], **mlp_settings(settings))
+    else:
+        head = fit_linear(chosen, rejected, settings["loss"], l2, settings["margin"])
+
     largest = []
     rewards = []
     for side in (chosen, rejected):
-        for rows in train_rows.split(2**16):
-            x = side[rows][:, columns]
+        for x in side.split(2**16):
             largest.append(x.abs().amax(1))
             rewards.append(head(x))
     output_bias = head.b1 if head.kind == "linear" else head.b2
@@ -846,68 +852,62 @@ def quantile(values, share):
     return values.sort().values[min(len(values) - 1, int(share * len(values)))]
 
 
-def standardised(t):
-    """features.safetensors → chosen, rejected [n, 2K] with mean 0 and std 1 on train and dev.
+def train_scores(t, columns):
+    """features.safetensors → chosen, rejected [m, 2K'] of the train and dev pairs, standardised.
 
-    In place, because they may be large.
+    The sides are taken out of t, one after the other: a million pairs stay within memory.
     """
-    return [t[side].sub_(t["mean"]).div_(t["std"]) for side in ("chosen", "rejected")]
+    rows = (t["fold"] >= 0).nonzero()                           # [m, 1]
+    sides = []
+    for name in ("chosen", "rejected"):
+        side = t.pop(name)[rows, columns]
+        sides.append(side.sub_(t["mean"][columns]).div_(t["std"][columns]))
+    return sides
 
 
-def train_linear(args, t, chosen, rejected, train_rows, record):
-    """→ (LinearHead, K, L2, out-of-fold differences, what else to record)."""
+def choose_linear(args, t, record):
+    """→ (K, L2, out-of-fold differences, what else to record)."""
     total = record["k"]
-    settings = record["settings"]
     ks = [int(args.k)] if args.k.isdigit() else k_values(record["search_k"])
     penalties = PENALTIES if args.l2 == "auto" else [args.l2]
-    extra = {"search": {}}
-    groups = torch.unique(t["group"][train_rows])
+    groups = torch.unique(t["group"][t["fold"] >= 0])
     if "search_union" in t and len(groups) >= stage2.FEWEST_GROUPS:
-        found = search(t, [min(k, record["search_k"]) for k in ks], penalties, settings, args.k)
-        k, l2, differences = found.k, found.l2, found.differences
-        extra["search"] = {f"{k} {l2:g}": loss for (k, l2), loss in found.losses.items()}
-        if args.k.isdigit():
-            k = int(args.k)
-    else:
-        print(f"note: only {len(groups)} prompts to train on: no search, K = "
-              f"{min(LITTLE['k'], total)} and "
-              f"L2 = {LITTLE['l2']} unless you say otherwise")
-        k = ks[0] if args.k.isdigit() else min(LITTLE["k"], total)
-        l2 = LITTLE["l2"] if args.l2 == "auto" else args.l2
-        differences = torch.zeros(0)
-    columns = columns_of(k, total)
-    head = fit_linear(chosen[train_rows][:, columns], rejected[train_rows][:, columns],
-                      settings["loss"], l2, settings["margin"])
-    return head, k, l2, differences, extra
+        found = search(t, [min(k, record["search_k"]) for k in ks], penalties, record["settings"],
+                       args.k)
+        k = int(args.k) if args.k.isdigit() else found.k
+        losses = {f"{k} {l2:g}": loss for (k, l2), loss in found.losses.items()}
+        return k, found.l2, found.differences, {"search": losses}
+
+    print(f"note: only {len(groups)} prompts to train on: no search, K = "
+          f"{min(LITTLE['k'], total)} and "
+          f"L2 = {LITTLE['l2']} unless you say otherwise")
+    k = ks[0] if args.k.isdigit() else min(LITTLE["k"], total)
+    l2 = LITTLE["l2"] if args.l2 == "auto" else args.l2
+    return k, l2, torch.zeros(0), {"search": {}}
 
 
-def train_mlp(args, t, chosen, rejected, train_rows, record):
-    """Stop on one fifth with the latents that were selected without it, then as many steps on all.
+def choose_mlp(args, t, record):
+    """Stop on one fifth with the latents that were selected without it: as many steps on all.
 
-    → (MLPHead, K, L2, differences of that fifth, what else to record)
+    → (K, L2, differences of that fifth, what else to record)
     """
-    total = record["k"]
     if "search_union" not in t:
         raise UserError("too few prompts for an MLP, which stops on a fifth of them · --head mlp · "
                         f"at least {stage2.FEWEST_GROUPS}, or --head linear")
-    settings = mlp_settings(record["settings"])
     l2 = MLP_L2 if args.l2 == "auto" else args.l2
-    k = int(args.k) if args.k.isdigit() else total
+    k = int(args.k) if args.k.isdigit() else record["k"]
     train, held = without_fold(t, 0)
     searched = columns_of(min(k, record["search_k"]), record["search_k"])
     train = [side[:, searched] for side in train]
     held = [side[:, searched] for side in held]
     best = (float("inf"), None)
     for seed in range(args.seeds):
-        head, steps, loss = fit_mlp(*train, l2=l2, seed=seed, held=held, **settings)
+        head, steps, loss = fit_mlp(*train, l2=l2, seed=seed, held=held,
+                                    **mlp_settings(record["settings"]))
         best = min(best, (loss, (seed, steps, head)), key=lambda found: found[0])
     seed, steps, head = best[1]
     differences = head(held[0]) - head(held[1])
-
-    columns = columns_of(k, total)
-    head, _, _ = fit_mlp(chosen[train_rows][:, columns], rejected[train_rows][:, columns], l2=l2,
-                         seed=seed, steps=steps, **settings)
-    return head, k, l2, differences, {"steps": steps, "seed_kept": seed, "search": {}}
+    return k, l2, differences, {"steps": steps, "seed_kept": seed, "search": {}}
 
 
 def report(args, out, seconds, t, meta):
