@@ -1,9 +1,10 @@
-"""Stage 5: use the reward: sample and rank candidates, build or filter preference pairs.
+"""Stage 5: use the reward: sample and rank candidates, build or filter preference pairs, export.
 
     python 05_best_of_n.py sample --reward HEAD --prompts data/prompts.jsonl --n 8
     python 05_best_of_n.py rank   --reward HEAD --candidates my-candidates.jsonl
     python 05_best_of_n.py pairs  --reward HEAD --candidates candidates.jsonl --min-margin 0.5
     python 05_best_of_n.py pairs  --reward HEAD --filter my-pairs.jsonl
+    python 05_best_of_n.py export --reward HEAD --out my-reward-model
 
 sample  reads   prompts: JSONL with prompt
         writes  candidates.jsonl: prompt, candidates, scores, outside, best, policy, reward,
@@ -13,6 +14,8 @@ rank    reads   {prompt, candidates[, labels]} or {prompt, response[, id]} of an
 pairs   reads   candidates, or existing pairs to filter
         writes  what TRL's DPOTrainer reads: prompt, chosen, rejected (messages), score_chosen,
                 score_rejected, margin, id
+export  writes  a folder for AutoModelForSequenceClassification and whatever builds on it: the
+                backbone up to block L and the head folded to one vector (parts/export.py)
 
 Best-of-n is not in the paper. The curve is the expectation over *all* subsets of m of the n
 candidates, not the first m; the KL figure log m - (m - 1) / m is an upper bound of what choosing
@@ -21,6 +24,7 @@ the best of m costs.
 
 import argparse
 import collections
+import copy
 import functools
 import importlib
 import itertools
@@ -34,6 +38,15 @@ from tqdm import tqdm
 from parts import report
 from parts.candidates import are_numbers, read_candidates, read_prompts
 from parts.chat import prompt_ids, render
+from parts.export import (
+    cut_at_the_beginning,
+    logits_of_folder,
+    model_card,
+    pin_date,
+    sequence_classifier,
+    with_pad_token,
+    write_folder,
+)
 from parts.files import (
     UserError,
     file_hash,
@@ -44,7 +57,14 @@ from parts.files import (
     write_text,
 )
 from parts.messages import Unreadable, with_last_turn
-from parts.models import check_length, check_weights, identity, load_tokenizer
+from parts.models import (
+    check_length,
+    check_weights,
+    demo_file,
+    identity,
+    licence_of,
+    load_tokenizer,
+)
 from parts.rows import ACCEPTED, as_written, in_words, read_rows, tell_notes, usable_pairs
 from parts.sampled import HiddenSums, Sampled, score_sampled
 
@@ -592,6 +612,128 @@ def best_and_worst(rows, reward, head):
                "rejected": min(score_of, key=score_of.get)}
 
 
+# ---------------------------------------------------------------- export
+
+# what an exported folder is tried on: short and long, with more than one turn
+TRIED = [
+    ("Is water wet?", "Yes."),
+    ("Name a colour.", "The sky on a clear day at noon is blue, and the grass below it is green."),
+    ([{"role": "user", "content": "Count to three."}, {"role": "assistant", "content": "1, 2, 3."},
+      {"role": "user", "content": "And on?"}], "4, 5, 6, 7, 8 …"),
+    ("Why is the sky dark at night, although there are so many stars in every direction?", "No."),
+]
+
+
+def export(args):
+    """Write the reward as a sequence classifier: a folder that other tools load without our code.
+    """
+    meta = read_meta(args.reward, "03_train_head.py", "head")
+    check_exportable(args.reward, meta)
+    reward = stage3.RewardModel.load(args.reward, model=args.model, device=args.device)
+    backbone = reward.backbone
+    check_weights(backbone, meta["layer"])
+    dtype = getattr(torch, meta["dtype"] if args.dtype == "auto" else args.dtype)
+    u, c = reward.vector()
+    model = sequence_classifier(backbone, meta["layer"], u, meta["norm_eps"], dtype)
+
+    tokenizer = copy.deepcopy(backbone.tokenizer)
+    rows = model.get_input_embeddings().num_embeddings
+    model.config.pad_token_id = with_pad_token(tokenizer, rows, meta["model"])
+    pin_date(tokenizer)
+    cut_at_the_beginning(tokenizer)
+    expected = torch.tensor(reward.score(*zip(*TRIED))) - c
+
+    def largest_difference(folder):
+        """How far the folder's logits are from reward - c, in std of the rewards tried."""
+        logits = logits_of_folder(folder, TRIED)
+        difference = float((logits - expected).abs().max() / expected.std())
+        if dtype == backbone.model.dtype == torch.float32 and not difference < 1e-3:
+            raise UserError(f"the exported model gives other rewards ({difference:.1e} of their "
+                            f"std apart) · {meta['model']} · use RewardModel for this family")
+        return difference
+
+    card = model_card(facts_of(args, reward, c), tokenizer.pad_token)
+    difference = write_folder(args.out, model, tokenizer, card, largest_difference)
+    kept = sum(parameter.numel() for parameter in model.parameters())
+    print(f"\n{type(model).__name__}, {meta['layer'] + 1} of {len(backbone.blocks)} blocks, "
+          f"{kept:,} of {meta['parameters']:,} parameters ({kept / meta['parameters']:.0%}), "
+          f"{str(dtype).removeprefix('torch.')}")
+    print(f"its logit is reward - c, c = {c:.6g}; on {len(TRIED)} texts it was "
+          f"{difference:.1e} of the rewards' std away")
+    print(f"written {args.out}")
+    print("\nnext: transformers.AutoModelForSequenceClassification.from_pretrained("
+          f"{str(args.out)!r})   how to use it: {Path(args.out) / 'README.md'}")
+
+
+def check_exportable(path, meta):
+    """Refuse a head that the form of a sequence classifier cannot hold; say how to make one."""
+    wrong = []
+    if meta["token"] != "last":
+        wrong.append(f"it reads rule {meta['token']}")
+    if meta["normalise"] != "rms":
+        wrong.append("it reads z as it is")
+    if meta["settings"]["kind"] != "linear":
+        wrong.append("it is an MLP")
+    if wrong:
+        raise UserError("a sequence classifier holds a linear head on the last token and z / rms; "
+                        f"of this head: {', '.join(wrong)} · {path} · make one beside it: "
+                        f"{' && '.join(commands_for_export(path, meta))}")
+
+
+def commands_for_export(path, meta):
+    """The commands that make a head for `export` from the activations of this one's run."""
+    folder = Path(path).parent
+    runs = [run for run in (folder, folder.parent) if (run / "activations").is_dir()]
+    run = runs[0] if runs else "RUN"
+    layer = meta["layer"]
+    k_sae = f" --k-sae {meta['k_sae']}" if meta["k_sae"] else ""
+    commands = [
+        f"python 02_select_features.py --run {run} --sae {meta['sae']}{k_sae} --layer {layer} "
+        "--token last --normalise rms --name export",
+        f"python 03_train_head.py --run {run} --name export",
+    ]
+    shards = list(Path(run).glob(f"activations/layer{layer}-last-*"))
+    if not shards:
+        commands.insert(0, "the command of stage 1 again with --token mean last")
+    return commands
+
+
+LOSSES = {"bt": "Bradley-Terry", "margin": "margin", "bce": "binary cross-entropy"}
+
+
+def facts_of(args, reward, c):
+    """What the model card says → dict."""
+    meta = reward.meta
+    name = demo_file() if meta["model"] == "demo" else meta["model"]
+    is_local = Path(name).exists()
+    revision = f" at {meta['revision']}" if meta["revision"] else ""
+    return {                                # names, no paths: the folder is passed on
+        "backbone": (Path(name).name if is_local else name) + revision,
+        "hub_name": None if is_local else name,
+        "licence": licence_of(args.model or name, meta["revision"]),
+        "layer": meta["layer"],
+        "blocks": len(reward.backbone.blocks),
+        "directions": 2 * meta["k"],
+        "loss": LOSSES[meta["settings"]["loss"]],
+        "pairs": meta["parent"]["pairs"],
+        "sha": file_hash(args.reward),
+        "max_length": meta["max_length"],
+        "constant": c,
+        "temperature": reward.temperature,
+        "accuracy_out_of_fold": meta["accuracy_out_of_fold"],
+        "test": test_accuracy(args.reward),
+    }
+
+
+def test_accuracy(path):
+    """The accuracy on the test split, where stage 4 evaluated this head; else None."""
+    try:
+        found = json.loads((Path(path).parent / "evaluation.json").read_text("utf-8"))
+        return found["test"] if found["parent"]["head"] == file_hash(path) else None
+    except (OSError, ValueError, KeyError, TypeError):          # none, or not whole
+        return None
+
+
 # ---------------------------------------------------------------- the stage
 
 def parse_args():
@@ -608,6 +750,9 @@ def parse_args():
     add_pairs_flags(add_command(
         commands, "pairs", "preference pairs for DPO",
         "python 05_best_of_n.py pairs --reward HEAD --filter my-pairs.jsonl --min-margin 0.5"))
+    add_export_flags(add_command(
+        commands, "export", "a folder for AutoModelForSequenceClassification, TRL, vLLM …",
+        "python 05_best_of_n.py export --reward HEAD --out my-reward-model"))
     args = p.parse_args()
     if args.command == "sample":
         check_sampling(args)
@@ -620,8 +765,6 @@ def add_command(commands, name, says, example):
                             formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--reward", required=True,
                    help="reward_head.safetensors of stage 3")
-    p.add_argument("--out",
-                   help="file to write, .jsonl (default: beside the head, named after the input)")
     p.add_argument("--device", default="auto",
                    help="cpu, cuda, … (default auto)")
     p.add_argument("--model",
@@ -631,8 +774,15 @@ def add_command(commands, name, says, example):
     return p
 
 
+def add_out_flag(p):
+    """Where a command writes its rows."""
+    p.add_argument("--out",
+                   help="file to write, .jsonl (default: beside the head, named after the input)")
+
+
 def add_sample_flags(p):
     """The flags of `sample`."""
+    add_out_flag(p)
     p.add_argument("--prompts", required=True,
                    help="JSONL with prompt")
     p.add_argument("--policy",
@@ -660,12 +810,14 @@ def add_sample_flags(p):
 
 def add_rank_flags(p):
     """The flags of `rank`."""
+    add_out_flag(p)
     p.add_argument("--candidates", required=True,
                    help="JSONL: prompt, candidates[, labels], or prompt, response[, id]")
 
 
 def add_pairs_flags(p):
     """The flags of `pairs`."""
+    add_out_flag(p)
     p.add_argument("--candidates",
                    help="candidates: best against worst")
     p.add_argument("--filter",
@@ -676,6 +828,14 @@ def add_pairs_flags(p):
                    help="for --filter on PKU-SafeRLHF")
     p.add_argument("--plain", action="store_true",
                    help="strings instead of messages (TRL then applies no chat template)")
+
+
+def add_export_flags(p):
+    """The flags of `export`."""
+    p.add_argument("--out", required=True,
+                   help="folder to write")
+    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+                   help="of the weights (default auto: as the head was trained)")
 
 
 def check_sampling(args):
@@ -689,7 +849,7 @@ def check_sampling(args):
                         "from 0, top-p above 0 and at most 1")
 
 
-COMMANDS = {"sample": sample, "rank": rank, "pairs": pairs}
+COMMANDS = {"sample": sample, "rank": rank, "pairs": pairs, "export": export}
 
 
 def main():

@@ -132,8 +132,11 @@ def up_to_date(path, wanted):
 def load_stage(path, made_by="an earlier stage", stage=None):
     """→ (tensors, metadata) of a stage file."""
     meta = read_meta(path, made_by, stage)
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    _, headers = read_header(path)
+    tensors = {}
+    for name in headers:
+        with safe_open(path, "pt") as file:         # one at a time: what was mapped is let go of
+            tensors[name] = file.get_tensor(name).clone()
     wrong = wrong_numbers(tensors)
     if wrong:
         raise UserError(f"{wrong} · {meta.advice}")

@@ -157,6 +157,27 @@ def unpack_gguf(path):
     return folder
 
 
+def licence_of(name, revision=None):
+    """The licence that a model's own files state → str, or None.
+
+    A GGUF names it in its metadata, a folder or a hub repository in the head of README.md.
+    """
+    path = demo_file() if name == "demo" else name
+    if path.endswith(".gguf"):
+        from gguf import GGUFReader
+        field = GGUFReader(path).get_field("general.license")
+        return field.contents() if field else None
+    from huggingface_hub import ModelCard
+    from transformers.utils import cached_file
+    card = cached_file(name, "README.md", revision=revision,
+                       _raise_exceptions_for_missing_entries=False,
+                       _raise_exceptions_for_connection_errors=False)
+    try:
+        return ModelCard.load(card).data.get("license") if card else None
+    except ValueError:                      # its head is no YAML
+        return None
+
+
 def write_unpacked(path, folder):
     """The model and tokenizer of a GGUF file, in float32, as transformers saves them."""
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -71,6 +71,7 @@ FAMILIES = {
     "qwen3": SIZES | MIXED | {"use_sliding_window": True},
     "gemma2": SIZES | MIXED | {"query_pre_attn_scalar": 8},
     "gemma3_text": SIZES | MIXED | {"query_pre_attn_scalar": 8},
+    "phi3": SIZES,
     "gpt2": {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": 4, "n_positions": 1024},
     "gpt_neox": SIZES,
     "phi": SIZES,

@@ -1,0 +1,485 @@
+"""05_best_of_n.py export: other people's programs read the rewards of the head."""
+
+import copy
+import functools
+import importlib
+import json
+import math
+import re
+import shlex
+import statistics
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from test_models import save_vision_model
+from tokenizers import Tokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+import parts.export
+from parts.files import UserError
+
+stage1 = importlib.import_module("01_extract")
+stage3 = importlib.import_module("03_train_head")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::DeprecationWarning")      # theirs
+NORMED = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"]
+HEAD = Path("export", "reward_head.safetensors")
+
+
+def make_head(folder, model, pairs=60, select=("--token", "last", "--normalise", "rms"), train=()):
+    """Stages 1 to 3 → the path of a head in folder/run/export."""
+    run = folder / "run"
+    rows = tiny.save_pairs(folder / "pairs.jsonl", pairs)
+    sae = tiny.save_sae(folder / "sae.safetensors", layer=1, model=model)
+    tiny.succeed("01_extract", "--model", model, "--pairs", rows, "--layer", 1, "--run", run,
+                 "--token", "mean", "last")
+    tiny.succeed("02_select_features", "--run", run, "--sae", sae, "--k", 8, "--name", "export",
+                 *select)
+    tiny.succeed("03_train_head", "--run", run, "--name", "export", *train)
+    return run / HEAD
+
+
+def export(head, out, *flags):
+    """Export a head → (the folder, its stdout)."""
+    return out, tiny.succeed("05_best_of_n", "export", "--reward", head, "--out", out, *flags)
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """family → (path of its head, its exported folder), made at the first use."""
+    @functools.cache
+    def get(family):
+        folder = tmp_path_factory.mktemp("export") / family
+        model = tiny.save_model(folder / "model", family)
+        head = make_head(folder, model)
+        out, _ = export(head, folder / "out")
+        return head, out
+    return get
+
+
+CHATS = [(row["prompt"], row[side]) for row in tiny.make_pairs(248)
+         for side in ("chosen", "rejected")]
+CHATS += [("One two?", "Three."), ("Four?", "x"), ("user assistant", "No, it is not. " * 20),
+          ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+            {"role": "user", "content": "c"}], "green")]
+
+
+def texts_of(tokenizer, chats):
+    """Conversations rendered by a folder's own chat template → list of str."""
+    return [tokenizer.apply_chat_template([*turns(prompt), said(answer)], tokenize=False)
+            for prompt, answer in chats]
+
+
+def turns(prompt):
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def said(answer):
+    return {"role": "assistant", "content": answer}
+
+
+def logits_of(folder, chats, side="right", rows=50):
+    """Logits by transformers alone, in padded batches of `rows` → [n]."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side=side)
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    texts = texts_of(tokenizer, chats)
+    found = []
+    with torch.inference_mode():
+        for start in range(0, len(texts), rows):
+            batch = tokenizer(texts[start:start + rows], add_special_tokens=False, padding=True,
+                              return_tensors="pt")
+            found.append(model(**batch).logits[:, 0].float())
+    return torch.cat(found)
+
+
+def rewards_without_constant(head, chats):
+    """reward - c of RewardModel → [n]."""
+    reward = stage3.RewardModel.load(head)
+    _, c = reward.vector()
+    return torch.tensor(reward.score(*zip(*chats))) - c
+
+
+def distance(found, wanted):
+    """The largest difference, in std of what is wanted."""
+    return float((found - wanted).abs().max() / wanted.std())
+
+
+# ---------------------------------------------------------------- the same reward
+
+@pytest.mark.parametrize("family", NORMED)
+def test_the_logit_is_the_reward_without_its_constant_on_500_texts(family, exported):
+    head, folder = exported(family)
+    assert len(CHATS) == 500
+    assert distance(logits_of(folder, CHATS), rewards_without_constant(head, CHATS)) < 1e-4
+
+
+@pytest.mark.parametrize("family", NORMED)
+def test_padding_on_the_left_and_a_batch_of_one_change_nothing(family, exported):
+    _, folder = exported(family)
+    chats = CHATS[-20:]
+    right = logits_of(folder, chats)
+    assert distance(logits_of(folder, chats, side="left"), right) < 1e-4
+    assert distance(logits_of(folder, chats, rows=1), right) < 1e-4
+
+
+def test_the_reward_is_the_dot_product_that_design_says(exported):
+    head, folder = exported("llama")
+    reward = stage3.RewardModel.load(head)
+    weight = torch.zeros(tiny.WIDTH, dtype=torch.float64)
+    t = reward.tensors
+    for j in range(len(t["latents"])):
+        weight += t["w1"][j].double() / t["std"][j].double() * t["directions"][j].double()
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert torch.allclose(model.score.weight[0].double(), weight, atol=1e-6)
+    assert torch.equal(model.model.norm.weight, torch.ones(tiny.WIDTH))
+
+
+def test_gemmas_neutral_norm_weight_is_0(exported):
+    _, folder = exported("gemma2")
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert torch.equal(model.model.norm.weight, torch.zeros(tiny.WIDTH))
+
+
+def test_blocks_above_the_layer_are_cut_with_their_kinds(exported):
+    _, folder = exported("qwen3")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["num_hidden_layers"] == 2
+    assert config["layer_types"] == tiny.MIXED["layer_types"][:2]
+    assert len(AutoModelForSequenceClassification.from_pretrained(folder).model.layers) == 2
+
+
+def test_the_last_block_can_be_exported_too(tmp_path):
+    model = tiny.save_model(tmp_path / "model")
+    run = tmp_path / "run"
+    sae = tiny.save_sae(tmp_path / "sae.safetensors", layer=tiny.LAYERS - 1, model=model)
+    tiny.succeed("01_extract", "--model", model, "--pairs", tiny.save_pairs(tmp_path / "p.jsonl"),
+                 "--layer", tiny.LAYERS - 1, "--run", run, "--token", "last")
+    tiny.succeed("02_select_features", "--run", run, "--sae", sae, "--normalise", "rms")
+    tiny.succeed("03_train_head", "--run", run)
+    head = run / HEAD.name
+    folder, _ = export(head, tmp_path / "out")
+    chats = CHATS[-9:]
+    assert distance(logits_of(folder, chats), rewards_without_constant(head, chats)) < 1e-4
+
+
+def test_of_a_model_with_vision_the_language_model_is_exported(tmp_path):
+    head = make_head(tmp_path, save_vision_model(tmp_path / "model"))
+    folder, _ = export(head, tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["Gemma3TextForSequenceClassification"]
+    chats = CHATS[-9:]
+    assert distance(logits_of(folder, chats), rewards_without_constant(head, chats)) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_saved_as_such_and_near(dtype, exported, tmp_path):
+    head, whole = exported("llama")
+    folder, printed = export(head, tmp_path / "out", "--dtype", dtype)
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert model.dtype == getattr(torch, dtype) and dtype in printed
+    apart = distance(logits_of(folder, CHATS[-20:]), logits_of(whole, CHATS[-20:]))
+    assert 0 < apart < 0.2
+
+
+# ---------------------------------------------------------------- the tokenizer
+
+ENDS_IN_EOS = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}</s>"
+               "{% endfor %}")
+
+
+def tokenizer_with(template, pad=None, unk=None, reserved=(), eos="</s>"):
+    """The tiny tokenizer with other tokens for padding, unknown, and for later."""
+    tokenizer = copy.deepcopy(tiny.make_tokenizer(template))
+    tokenizer.pad_token = pad
+    tokenizer.unk_token = unk
+    tokenizer.eos_token = eos
+    if reserved:
+        tokenizer.add_special_tokens({"additional_special_tokens": [*tiny.SPECIAL[3:], *reserved]})
+    return tokenizer
+
+
+PADS = {
+    "there is one": (tokenizer_with(tiny.CHATML, "<pad>"), "<pad>"),
+    "it ends the conversation": (tokenizer_with(ENDS_IN_EOS, "</s>", reserved=["<|reserved_1|>"]),
+                                 "<|reserved_1|>"),
+    "none, and one is reserved": (tokenizer_with(ENDS_IN_EOS, reserved=["<|python|>", "[unused3]"]),
+                                  "[unused3]"),
+    "none, and one is called pad": (
+        tokenizer_with(ENDS_IN_EOS, reserved=["<|reserved_1|>", "<|finetune_right_pad_id|>"]),
+        "<|finetune_right_pad_id|>"),
+    "none, nothing reserved": (tokenizer_with(ENDS_IN_EOS, unk="<|im_end|>"), "<|im_end|>"),
+}
+
+
+@pytest.mark.parametrize("tokenizer, pad", PADS.values(), ids=PADS)
+def test_no_conversation_ends_in_the_token_that_pads(tokenizer, pad, tmp_path):
+    # the tiny tokenizer calls one token <pad>: hide it where it is not the one in use
+    name = tokenizer.pad_token
+    if name != "<pad>":
+        tokenizer = without_the_name_pad(tokenizer)
+    model = tiny.save_model(tmp_path / "model", tokenizer=tokenizer)
+    head = make_head(tmp_path, model)
+    folder, _ = export(head, tmp_path / "out")
+    saved = AutoTokenizer.from_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    assert saved.pad_token == pad
+    assert config["pad_token_id"] == saved.pad_token_id
+    chats = CHATS[-12:]
+    wanted = rewards_without_constant(head, chats)
+    for side in ("left", "right"):
+        assert distance(logits_of(folder, chats, side), wanted) < 1e-4
+
+
+def without_the_name_pad(tokenizer):
+    """The same tokenizer, <pad> renamed to <zero>."""
+    text = tokenizer.backend_tokenizer.to_str().replace('"<pad>"', '"<zero>"')
+    settings = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token",
+                                                            "pad_token", "chat_template")}
+    return type(tokenizer)(tokenizer_object=Tokenizer.from_str(text), **settings)
+
+
+def test_without_any_token_to_pad_with_it_is_refused(tmp_path):
+    tokenizer = without_the_name_pad(tokenizer_with(ENDS_IN_EOS))
+    head = make_head(tmp_path, tiny.save_model(tmp_path / "model", tokenizer=tokenizer))
+    found = tiny.command("05_best_of_n", "export", "--reward", head, "--out", tmp_path / "out")
+    tiny.assert_one_line_error(found, "pad", tmp_path / "model")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pad_token_beyond_the_embedding_is_not_taken():
+    tokenizer = tokenizer_with(ENDS_IN_EOS, unk="<|im_end|>", reserved=["<|reserved_1|>"])
+    tokenizer = without_the_name_pad(tokenizer)
+    number = tokenizer.convert_tokens_to_ids("<|reserved_1|>")
+    assert parts.export.with_pad_token(copy.deepcopy(tokenizer), number + 1, "m") == number
+    parts.export.with_pad_token(tokenizer, number, "m")
+    assert tokenizer.pad_token == "<|im_end|>"
+
+
+DATED = ("<|im_start|>system\n{{ strftime_now('%d %b %Y') }}{% if date_string is defined %}"
+         " {{ date_string }}{% endif %}<|im_end|>\n" + tiny.CHATML)
+
+
+def test_the_saved_template_writes_the_day_of_training(tmp_path):
+    model = tiny.save_model(tmp_path / "model", template=DATED)
+    head = make_head(tmp_path, model)
+    folder, _ = export(head, tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    [text] = texts_of(tokenizer, [("One?", "Two.")])
+    assert text.startswith("<|im_start|>system\n26 Jul 2024 26 Jul 2024<|im_end|>\n<|im_start|>u")
+    ours = stage1.render(stage1.load_tokenizer(model), "One?", "Two.")
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] == ours.ids
+
+
+def test_a_text_that_is_cut_keeps_its_end(exported):
+    _, folder = exported("llama")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("One two three four five.", add_special_tokens=False)["input_ids"]
+    cut = tokenizer("One two three four five.", add_special_tokens=False, truncation=True,
+                    max_length=3)["input_ids"]
+    assert cut == ids[-3:] != ids[:3]
+
+
+# ---------------------------------------------------------------- pipeline
+
+@pytest.mark.parametrize("settings", [{}, {"function_to_apply": "none"}], ids=["default", "none"])
+def test_pipeline_gives_the_reward_of_rendered_text(settings, exported):
+    head, folder = exported("gemma2")
+    chats = CHATS[-6:]
+    pipe = pipeline("text-classification", model=str(folder), **settings)
+    texts = texts_of(pipe.tokenizer, chats)
+    found = pipe(texts, add_special_tokens=False, batch_size=3)
+    assert {row["label"] for row in found} == {"reward"}
+    scores = torch.tensor([row["score"] for row in found])
+    assert distance(scores, rewards_without_constant(head, chats)) < 1e-4
+
+
+def test_a_second_bos_would_change_the_reward(tmp_path):
+    """Why the model card says add_special_tokens=False."""
+    model = tiny.save_model(tmp_path / "model", template=tiny.NO_SYSTEM)
+    head = make_head(tmp_path, model)
+    folder, _ = export(head, tmp_path / "out")
+    pipe = pipeline("text-classification", model=str(folder))
+    chats = CHATS[-6:]
+    texts = texts_of(pipe.tokenizer, chats)
+    assert texts[0].startswith("<s>")
+    wanted = rewards_without_constant(head, chats)
+
+    def scores(**settings):
+        return torch.tensor([row["score"] for row in pipe(texts, **settings)])
+    assert distance(scores(add_special_tokens=False), wanted) < 1e-4
+    assert distance(scores(), wanted) > 1e-2
+
+
+# ---------------------------------------------------------------- TRL
+
+def grpo(folder, prompts, out):
+    """One GRPO step with the folder as the reward → TRL's record of completions and rewards."""
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    config = trl.GRPOConfig(output_dir=str(out), max_steps=1, use_cpu=True, bf16=False,
+                            report_to="none", save_strategy="no", disable_tqdm=True,
+                            num_generations=4, per_device_train_batch_size=4 * len(prompts),
+                            max_completion_length=12, log_completions=True, logging_steps=1)
+    data = datasets.Dataset.from_list([{"prompt": prompt} for prompt in prompts])
+    trainer = trl.GRPOTrainer(model=str(folder.parent / "model"), reward_funcs=str(folder),
+                              args=config, train_dataset=data)
+    trainer.train()
+    [file] = (out / "completions").glob("*.parquet")
+    return parquet.read_table(file).to_pylist()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_grpo_takes_the_folder_as_its_reward(family, exported, tmp_path):
+    head, folder = exported(family)
+    prompts = [turns("Is water wet?"), turns("One two three four five?")]
+    rows = grpo(folder, prompts, tmp_path)
+    assert len(rows) == 8
+    # RewardModel gives an empty answer no score, a classifier does
+    rows = [row for row in rows if row["completion"][0]["content"].strip()]
+    assert len(rows) > 4
+    chats = [(row["prompt"], row["completion"][0]["content"]) for row in rows]
+    found = torch.tensor([row[folder.name] for row in rows])
+    assert distance(found, rewards_without_constant(head, chats)) < 1e-4
+
+
+def test_trls_reward_trainer_evaluates_the_folder_to_our_accuracy_and_loss(exported, tmp_path):
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    head, folder = exported("llama")
+    pairs = [(row["prompt"], row["chosen"], row["rejected"]) for row in tiny.make_pairs(30)]
+    data = datasets.Dataset.from_list([{"prompt": turns(prompt), "chosen": [said(chosen)],
+                                        "rejected": [said(rejected)]}
+                                       for prompt, chosen, rejected in pairs])
+    config = trl.RewardConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False,
+                              report_to="none", disable_tqdm=True, per_device_eval_batch_size=7)
+    trainer = trl.RewardTrainer(model=str(folder), args=config, train_dataset=data,
+                                eval_dataset=data)
+    found = trainer.evaluate()
+
+    reward = stage3.RewardModel.load(head)
+    prompts, chosen, rejected = zip(*pairs)
+    gaps = [a - b for a, b in zip(reward.score(prompts, chosen), reward.score(prompts, rejected))]
+    assert 0 < sum(gap > 0 for gap in gaps) < len(gaps)
+    losses = [math.log1p(math.exp(-gap)) for gap in gaps]
+    assert found["eval_loss"] == pytest.approx(statistics.mean(losses), abs=1e-4)
+    # TRL averages over batches
+    batches = [gaps[start:start + 7] for start in range(0, 30, 7)]
+    accuracies = [sum(gap > 0 for gap in batch) / len(batch) for batch in batches]
+    assert found["eval_accuracy"] == pytest.approx(statistics.mean(accuracies), abs=0.02)
+
+
+# ---------------------------------------------------------------- what does not fit
+
+MISFITS = {
+    "rule mean": (("--token", "mean", "--normalise", "rms"), (), ["rule mean"]),
+    "z as it is": (("--token", "last"), (), ["z as it is"]),
+    "an MLP": (("--token", "last", "--normalise", "rms"), ("--head", "mlp", "--hidden", 4),
+               ["MLP"]),
+}
+
+
+@pytest.mark.parametrize("select, train, words", MISFITS.values(), ids=MISFITS)
+def test_a_head_that_does_not_fit_is_refused_with_commands_that_make_one(select, train, words,
+                                                                         tmp_path):
+    head = make_head(tmp_path, tiny.save_model(tmp_path / "model"), select=select, train=train)
+    out = tmp_path / "out"
+    refused = tiny.command("05_best_of_n", "export", "--reward", head, "--out", out)
+    tiny.assert_one_line_error(refused, head, *words)
+    assert not out.exists()
+
+    commands = re.findall(r"python (\d\d_\w+)\.py (.*?)(?: &&|$)", refused[2], re.MULTILINE)
+    assert [script for script, _ in commands] == ["02_select_features", "03_train_head"]
+    for script, flags in commands:
+        tiny.succeed(script, *shlex.split(flags))
+    export(tmp_path / "run" / HEAD, out)
+    assert distance(logits_of(out, CHATS[-5:]), rewards_without_constant(head, CHATS[-5:])) < 1e-4
+
+
+def test_where_last_was_not_extracted_stage_1_is_named_first(finished, tmp_path):
+    refused = tiny.command("05_best_of_n", "export", "--out", tmp_path / "out",
+                           "--reward", finished / HEAD.name)
+    tiny.assert_one_line_error(refused, "stage 1 again with --token mean last && python 02_select")
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "gpt2", "phi"])
+def test_a_model_that_ends_in_another_norm_is_refused(family, tmp_path):
+    head = make_head(tmp_path, tiny.save_model(tmp_path / "model", family))
+    refused = tiny.command("05_best_of_n", "export", "--reward", head, "--out", tmp_path / "out")
+    tiny.assert_one_line_error(refused, tmp_path / "model", "norm")
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
+
+
+def test_a_family_without_a_classifier_is_refused(folder_of, monkeypatch):
+    backbone = stage1.load_backbone(folder_of("llama"))
+    backbone.model.config.__class__ = type("OtherConfig", (type(backbone.model.config),), {})
+    with pytest.raises(UserError, match="no sequence classifier for llama"):
+        parts.export.class_and_config(backbone, 1, torch.float32)
+
+
+def test_a_folder_that_gives_other_rewards_is_not_left_there(exported, tmp_path, monkeypatch):
+    head, _ = exported("llama")
+
+    def of_another_vector(backbone, layer, u, eps, dtype, make=parts.export.sequence_classifier):
+        return make(backbone, layer, 2 * u, eps, dtype)
+    monkeypatch.setattr(parts.export, "sequence_classifier", of_another_vector)
+    refused = tiny.command("05_best_of_n", "export", "--reward", head, "--out", tmp_path / "out")
+    tiny.assert_one_line_error(refused, "other rewards")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_exists_is_not_replaced(exported):
+    head, folder = exported("llama")
+    before = (folder / "config.json").read_bytes()
+    refused = tiny.command("05_best_of_n", "export", "--reward", head, "--out", folder)
+    tiny.assert_one_line_error(refused, "exists", folder)
+    assert (folder / "config.json").read_bytes() == before
+
+
+def test_files_are_readable_by_all_whom_the_umask_lets(exported, tmp_path):
+    _, folder = exported("llama")
+    (tmp_path / "any").touch()
+    mode = (tmp_path / "any").stat().st_mode
+    assert {path.stat().st_mode for path in folder.iterdir()} == {mode}
+
+
+# ---------------------------------------------------------------- the model card
+
+def card_of(folder):
+    return (folder / "README.md").read_text("utf-8")
+
+
+def test_the_card_says_how_it_was_made(exported):
+    from huggingface_hub import ModelCard
+    head, folder = exported("llama")
+    card = card_of(folder)
+    reward = stage3.RewardModel.load(head)
+    _, c = reward.vector()
+    assert f"the constant {c:.6g}" in card
+    assert reward.meta["parent"]["pairs"] in card and "2048 tokens" in card
+    assert "block 1 and below" in card and "not stated" in card and "`<pad>`" in card
+    assert str(folder.parent) not in card
+    found = ModelCard(card).data
+    assert found.pipeline_tag == "text-classification" and found.get("license") is None
+
+
+def test_the_card_has_the_test_accuracy_of_stage_4_and_the_licence(tmp_path):
+    model = tiny.save_model(tmp_path / "model")
+    Path(model, "README.md").write_text("---\nlicense: mit\n---\n")
+    head = make_head(tmp_path, model)
+    tiny.succeed("04_evaluate", "--run", tmp_path / "run", "--name", "export", "--texts", 0)
+    test = json.loads((head.parent / "evaluation.json").read_text())["test"]
+    folder, _ = export(head, tmp_path / "out")
+    wanted = f"{test['accuracy']:.3f} [{test['low']:.3f}, {test['high']:.3f}] of {test['n']} test"
+    assert wanted in card_of(folder)
+    assert "license: mit" in card_of(folder) and "| mit |" in card_of(folder)
+
+
+def test_the_accuracy_of_another_head_is_not_told(tmp_path):
+    head = make_head(tmp_path, tiny.save_model(tmp_path / "model"))
+    tiny.succeed("04_evaluate", "--run", tmp_path / "run", "--name", "export", "--texts", 0)
+    tiny.succeed("03_train_head", "--run", tmp_path / "run", "--name", "export", "--k", 2)
+    folder, _ = export(head, tmp_path / "out")
+    assert "not evaluated on a test split" in card_of(folder)
