@@ -472,15 +472,7 @@ def extract_shard(backbone, rows, start, args, texts=None, progress=None):
                 texts.append(render(backbone.tokenizer, row["prompt"], row[side], args.max_length))
     vectors = residuals(backbone, texts, args.layer, args.token, progress)
 
-    lengths = torch.tensor([text.stop - text.first for text in texts], dtype=torch.int32)
-    splits = [SPLITS.index(row["split"]) for row in rows]
-    columns = {
-        "pair": torch.arange(start, start + len(rows)),
-        "group": torch.tensor([row["group"] for row in rows]),
-        "split": torch.tensor(splits, dtype=torch.uint8),
-        "chosen_tokens": lengths[0::2],
-        "rejected_tokens": lengths[1::2],
-    }
+    columns = carried_columns(rows, texts, start)
     shards = {}
     for key, z in vectors.items():                      # z [2n, d]: chosen, rejected, chosen …
         finite = torch.isfinite(z).all(-1)
@@ -491,6 +483,20 @@ def extract_shard(backbone, rows, start, args, texts=None, progress=None):
                             "try --dtype float32, or remove the pair")
         shards[key] = {"chosen": z[0::2], "rejected": z[1::2], **columns}
     return shards
+
+
+def carried_columns(rows, texts, start=0):
+    """Rows of pairs.jsonl from number `start` on, and the texts of both sides in their order → the
+    tensors of a shard that later stages carry along."""
+    lengths = torch.tensor([text.stop - text.first for text in texts], dtype=torch.int32)
+    splits = [SPLITS.index(row["split"]) for row in rows]
+    return {
+        "pair": torch.arange(start, start + len(rows)),
+        "group": torch.tensor([row["group"] for row in rows]),
+        "split": torch.tensor(splits, dtype=torch.uint8),
+        "chosen_tokens": lengths[0::2],
+        "rejected_tokens": lengths[1::2],
+    }
 
 
 def remove_other_counts(args, count):

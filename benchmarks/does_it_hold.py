@@ -3,7 +3,8 @@
     python benchmarks/does_it_hold.py TruthfulQA=truthfulqa.jsonl HH=hh_harmless.jsonl … --write
 
 runs stages 1 to 4 (found complete, they are not run again) into runs/does-it-hold/NAME, with token
-rule `mean`, and with `last` beside it in NAME/last; prints the tables of docs/results.md. --write
+rule `mean`, with `last` beside it in NAME/last, and in NAME/export with `last` and z / rms, which is
+what `export` takes; prints the tables of docs/results.md. --write
 puts the figures into benchmarks/results/does_it_hold.json; --tables prints the tables of that file
 again, --picture draws its K curve.
 """
@@ -24,28 +25,33 @@ METHODS = ("sparserm", "paper", "dense", "picked_directions", "picked_latents", 
            "length", "blind", "shuffled_labels")
 KEPT = ("verdict", "accuracy", "differences", "curves", "categories", "sae", "run",
         "repeated_answers")
-RULES = ("mean", "last")
+# what a head reads: the flags of stage 2; all but the first lie in a folder of their own
+READINGS = {
+    "mean": ("--token", "mean"),
+    "last": ("--token", "last", "--name", "last"),
+    "export": ("--token", "last", "--normalise", "rms", "--name", "export"),
+}
 KS = ("1", "2", "4", "8", "16", "32", "64", "128")
 
 
 # ---------------------------------------------------------------- the stages
 
 def run_stages(sets, args):
-    """→ {rule: {name: what the tables need of its evaluation.json}}."""
-    found = {rule: {} for rule in RULES}
+    """→ {reading: {name: what the tables need of its evaluation.json}}."""
+    found = {reading: {} for reading in READINGS}
     for name, file in sets.items():
         run = Path(args.out) / name
         stage("01_extract.py", run, "--model", args.model, "--pairs", file, "--layer", args.layer,
-              "--token", *RULES, "--max-length", args.max_length)
-        for rule in RULES:
-            beside = [] if rule == "mean" else ["--name", rule]
-            folder = run if rule == "mean" else run / rule
-            stage("02_select_features.py", run, "--sae", args.sae, "--token", rule, *beside)
+              "--token", "mean", "last", "--max-length", args.max_length)
+        for reading, flags in READINGS.items():
+            beside = [] if reading == "mean" else ["--name", reading]
+            folder = run if reading == "mean" else run / reading
+            stage("02_select_features.py", run, "--sae", args.sae, *flags)
             stage("03_train_head.py", run, *beside)
-            texts = [] if rule == "mean" else ["--texts", "0"]
+            texts = [] if reading == "mean" else ["--texts", "0"]
             stage("04_evaluate.py", run, *beside, *texts)
             evaluation = json.loads((folder / "evaluation.json").read_text("utf-8"))
-            found[rule][name] = {key: evaluation[key] for key in KEPT}
+            found[reading][name] = {key: evaluation[key] for key in KEPT}
     return found
 
 
@@ -148,6 +154,17 @@ def rules_table(found):
                     for rule in ("last", "mean")]
             cells.append(" → ".join(gap_cell(gap["behind"]) if gap else "–" for gap in gaps))
         text += line(f"SparseRM − random directions, K = {k}", cells)
+    return text
+
+
+def export_table(found):
+    """What the form of a sequence classifier costs: accuracy of the heads under both readings."""
+    names = list(found["mean"])
+    text = head_line("accuracy, strict", names)
+    for reading, words in (("mean", "`mean` (default)"), ("export", "`last`, z / rms (`export`)")):
+        for method in ("sparserm", "dense"):
+            cells = [accuracy_cell(found[reading][name]["accuracy"][method]) for name in names]
+            text += line(f"{spoken(method)}, {words}", cells)
     return text
 
 

@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import io
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from parts import models
 
@@ -425,3 +426,45 @@ def test_the_prose_of_the_readme_holds_no_figure_of_a_result():
 
 def test_the_readme_is_read_in_one_sitting():
     assert len(README.split()) <= 3000
+
+
+# ---------------------------------------------------------------- hidden states of another engine
+
+FOREIGN = re.search(r"```python\n(# my_extract.py.*?)```", read("docs/formats.md"), re.S)[1]
+ENGINE = '''
+import torch
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained({folder!r})
+
+def hidden_states(ids, layer):
+    """transformers counts from the embedding too: hidden_states[0]."""
+    with torch.inference_mode():
+        return model(torch.tensor([ids]), output_hidden_states=True).hidden_states[layer][0]
+'''
+
+
+@pytest.mark.parametrize("rule", ["mean", "last"])
+def test_the_lines_for_another_engine_lead_to_the_head_of_stage_1(rule, tmp_path):
+    own = tiny.make_run(tmp_path, "--token", rule)
+    (tmp_path / "my_engine.py").write_text(ENGINE.format(folder=str(tmp_path / "model")))
+    (tmp_path / "my_extract.py").write_text(FOREIGN)
+    run = tmp_path / "foreign"
+    flags = ["--model", tmp_path / "model", "--pairs", tmp_path / "pairs.jsonl", "--layer", "1",
+             "--token", rule, "--run", run]
+    subprocess.run([sys.executable, tmp_path / "my_extract.py", *flags], check=True,
+                   env={**os.environ, "PYTHONPATH": str(tiny.ROOT)})
+
+    assert (run / "pairs.jsonl").read_bytes() == (own / "pairs.jsonl").read_bytes()
+    assert "0 computed, 1 found complete" in tiny.succeed("01_extract", *flags)
+    tiny.succeed("02_select_features", "--run", run, "--sae", tmp_path / "sae.safetensors",
+                 "--k", 8)
+    tiny.succeed("03_train_head", "--run", run)
+    tiny.succeed("04_evaluate", "--run", run)
+    ours, theirs = [load_file(folder / "reward_head.safetensors") for folder in (own, run)]
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.allclose(ours[name], theirs[name], atol=1e-4, rtol=1e-4), name
+    carried = [load_file(next((folder / "activations").iterdir())) for folder in (own, run)]
+    for name in ("pair", "group", "split", "chosen_tokens", "rejected_tokens"):
+        assert torch.equal(carried[0][name], carried[1][name])
