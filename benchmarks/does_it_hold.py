@@ -3,10 +3,10 @@
     python benchmarks/does_it_hold.py TruthfulQA=truthfulqa.jsonl HH=hh_harmless.jsonl … --write
 
 runs stages 1 to 4 (found complete, they are not run again) into runs/does-it-hold/NAME, with token
-rule `mean`, with `last` beside it in NAME/last, and in NAME/export with `last` and z / rms, which is
-what `export` takes; prints the tables of docs/results.md. --write
-puts the figures into benchmarks/results/does_it_hold.json; --tables prints the tables of that file
-again, --picture draws its K curve.
+rule `mean`; with `last` beside it in NAME/last; and with `last` and z / rms, which is the head that
+`export` takes, in NAME/export. Prints the tables of docs/results.md. --write puts the figures into
+benchmarks/results/does_it_hold.json; --tables prints the tables of that file again, --picture draws
+its K curve.
 """
 
 import json

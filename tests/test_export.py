@@ -295,6 +295,19 @@ def test_pipeline_gives_the_reward_of_rendered_text(settings, exported):
     assert distance(scores, rewards_without_constant(head, chats)) < 1e-4
 
 
+def test_the_lines_of_the_docs_print_the_reward(exported, tmp_path, monkeypatch, capsys):
+    head, folder = exported("llama")
+    (tmp_path / "my-reward-model").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    text = (tiny.ROOT / "docs/formats.md").read_text("utf-8")
+    [lines] = [block for block in re.findall(r"```python\n(.*?)```", text, re.S)
+               if "pipeline(" in block]
+    exec(compile(lines, "docs/formats.md", "exec"), {})
+    [wanted] = rewards_without_constant(head, [("Is water wet?", "Yes.")])
+    shown = float(re.search(r"'score': (-?[\d.]+)", capsys.readouterr().out)[1])
+    assert shown == pytest.approx(float(wanted), abs=1e-4)
+
+
 def test_a_second_bos_would_change_the_reward(tmp_path):
     """Why the model card says add_special_tokens=False."""
     model = tiny.save_model(tmp_path / "model", template=tiny.NO_SYSTEM)

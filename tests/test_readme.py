@@ -68,6 +68,8 @@ PASSAGES = [text for text in PYTHON if text not in PROGRAMS + TRAINERS]
 # mark in the text: (file, benchmark, its function that writes the text)
 TABLES = {
     "does_it_hold": ("docs/results.md", "does_it_hold", "tables"),
+    "export cost": ("docs/results.md", "does_it_hold", "export_table"),
+    "export": ("docs/results.md", "export", "table"),
     "claims": ("docs/results.md", "does_it_hold", "claims"),
     "headline": ("benchmarks/README.md", "reward_models", "headline"),
     "align": ("benchmarks/README.md", "align", "table"),
@@ -110,6 +112,7 @@ def test_no_placeholder_is_left(file):
 # ---------------------------------------------------------------- manual pages
 
 COMMANDS = [*SCRIPTS, "05_best_of_n.py sample", "05_best_of_n.py rank", "05_best_of_n.py pairs",
+            "05_best_of_n.py export",
             "sae.py info", "-m tools.train_sae", "-m tools.check_sae", "-m tools.self_check"]
 
 
@@ -377,7 +380,7 @@ def test_what_the_readme_hands_to_a_trainer_are_arguments_of_it():
             if name in ("DPOTrainer", "DPOConfig", "GRPOTrainer"):
                 handed.append((name, {keyword.arg for keyword in node.keywords}))
 
-    assert len(handed) == 3
+    assert len(handed) == 4
     for name, arguments in handed:
         assert arguments <= set(inspect.signature(getattr(trl, name)).parameters)
 
