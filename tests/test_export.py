@@ -15,7 +15,12 @@ import tiny
 import torch
 from test_models import save_vision_model
 from tokenizers import Tokenizer
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    pipeline,
+)
 
 import parts.export
 from parts.files import UserError
@@ -41,6 +46,15 @@ def make_head(folder, model, pairs=60, select=("--token", "last", "--normalise",
     return run / HEAD
 
 
+def train_norms(folder):
+    """Give all norms of a model weights as training would: at first they change nothing."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            weight.data += 0.5 * tiny.draw(*weight.shape)
+    model.save_pretrained(folder)
+
+
 def export(head, out, *flags):
     """Export a head → (the folder, its stdout)."""
     return out, tiny.succeed("05_best_of_n", "export", "--reward", head, "--out", out, *flags)
@@ -53,6 +67,7 @@ def exported(tmp_path_factory):
     def get(family):
         folder = tmp_path_factory.mktemp("export") / family
         model = tiny.save_model(folder / "model", family)
+        train_norms(model)
         head = make_head(folder, model)
         out, _ = export(head, folder / "out")
         return head, out
@@ -180,7 +195,7 @@ def test_half_precision_is_saved_as_such_and_near(dtype, exported, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     assert model.dtype == getattr(torch, dtype) and dtype in printed
     apart = distance(logits_of(folder, CHATS[-20:]), logits_of(whole, CHATS[-20:]))
-    assert 0 < apart < 0.2
+    assert 0 < apart < 0.5
 
 
 # ---------------------------------------------------------------- the tokenizer
