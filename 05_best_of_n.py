@@ -24,12 +24,13 @@ the best of m costs.
 
 import argparse
 import collections
-import copy
 import functools
 import importlib
 import itertools
 import json
 import math
+import re
+import shlex
 from pathlib import Path
 
 import torch
@@ -39,12 +40,11 @@ from parts import report
 from parts.candidates import are_numbers, read_candidates, read_prompts
 from parts.chat import prompt_ids, render
 from parts.export import (
-    cut_at_the_beginning,
+    check_free,
+    exported_tokenizer,
     logits_of_folder,
     model_card,
-    pin_date,
     sequence_classifier,
-    with_pad_token,
     write_folder,
 )
 from parts.files import (
@@ -614,14 +614,19 @@ def best_and_worst(rows, reward, head):
 
 # ---------------------------------------------------------------- export
 
-# what an exported folder is tried on: short and long, with more than one turn
+# what an exported folder is tried on: short and long, a system turn, several turns
 TRIED = [
     ("Is water wet?", "Yes."),
     ("Name a colour.", "The sky on a clear day at noon is blue, and the grass below it is green."),
+    ([{"role": "system", "content": "Answer in one word."},
+      {"role": "user", "content": "Is ice cold?"}], "Cold."),
     ([{"role": "user", "content": "Count to three."}, {"role": "assistant", "content": "1, 2, 3."},
       {"role": "user", "content": "And on?"}], "4, 5, 6, 7, 8 …"),
     ("Why is the sky dark at night, although there are so many stars in every direction?", "No."),
 ]
+# how far its logits may be from the head's rewards, in their std: a rounding of half precision is
+# 0.06 on the demo model, another model's reward is 1 away
+MOST_APART = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.5}
 
 
 def export(args):
@@ -629,40 +634,59 @@ def export(args):
     """
     meta = read_meta(args.reward, "03_train_head.py", "head")
     check_exportable(args.reward, meta)
+    check_free(args.out)
     reward = stage3.RewardModel.load(args.reward, model=args.model, device=args.device)
-    backbone = reward.backbone
-    check_weights(backbone, meta["layer"])
+    check_weights(reward.backbone, meta["layer"])
+
     dtype = getattr(torch, meta["dtype"] if args.dtype == "auto" else args.dtype)
     u, c = reward.vector()
-    model = sequence_classifier(backbone, meta["layer"], u, meta["norm_eps"], dtype)
-
-    tokenizer = copy.deepcopy(backbone.tokenizer)
+    model = sequence_classifier(reward.backbone, meta["layer"], u, meta["norm_eps"], dtype)
     rows = model.get_input_embeddings().num_embeddings
-    model.config.pad_token_id = with_pad_token(tokenizer, rows, meta["model"])
-    pin_date(tokenizer)
-    cut_at_the_beginning(tokenizer)
-    expected = torch.tensor(reward.score(*zip(*TRIED))) - c
+    tokenizer = exported_tokenizer(reward.backbone.tokenizer, rows, meta["max_length"],
+                                   meta["model"])
+    model.config.pad_token_id = tokenizer.pad_token_id
+    card = model_card(facts_of(args, reward, c), tokenizer)
+    apart = write_folder(args.out, model, tokenizer, card, check_of_folder(reward, c, dtype))
+    report_export(args, reward, model, c, apart)
 
-    def largest_difference(folder):
-        """How far the folder's logits are from reward - c, in std of the rewards tried."""
-        logits = logits_of_folder(folder, TRIED)
-        difference = float((logits - expected).abs().max() / expected.std())
-        if dtype == backbone.model.dtype == torch.float32 and not difference < 1e-3:
-            raise UserError(f"the exported model gives other rewards ({difference:.1e} of their "
-                            f"std apart) · {meta['model']} · use RewardModel for this family")
-        return difference
 
-    card = model_card(facts_of(args, reward, c), tokenizer.pad_token)
-    difference = write_folder(args.out, model, tokenizer, card, largest_difference)
+def check_of_folder(reward, c, dtype):
+    """→ function of an exported folder: how far its logits are from reward - c, in std of the
+    rewards; it refuses a folder that gives other rewards."""
+    tried = []
+    texts = []
+    for conversation in TRIED:
+        try:                                        # of any length: nothing is cut in the folder
+            texts.append(render(reward.backbone.tokenizer, *conversation))
+            tried.append(conversation)
+        except Unreadable:                          # a template of one turn, for example
+            continue
+    expected = reward.reward_of(reward.read(texts)) - c
+    limit = max(MOST_APART[dtype], MOST_APART[reward.backbone.model.dtype])
+
+    def check(folder):
+        logits = logits_of_folder(folder, tried)
+        apart = float((logits - expected).abs().max() / expected.std())
+        if not apart < limit:                       # nan too
+            raise UserError(f"the exported model gives other rewards ({apart:.1e} of their std "
+                            f"apart) · {reward.meta['model']} in {dtype} · try --dtype float32; "
+                            "if that is refused too, use RewardModel")
+        return apart
+    return check
+
+
+def report_export(args, reward, model, c, apart):
+    """The lines at the end."""
+    whole = reward.meta["parameters"]
     kept = sum(parameter.numel() for parameter in model.parameters())
-    print(f"\n{type(model).__name__}, {meta['layer'] + 1} of {len(backbone.blocks)} blocks, "
-          f"{kept:,} of {meta['parameters']:,} parameters ({kept / meta['parameters']:.0%}), "
-          f"{str(dtype).removeprefix('torch.')}")
-    print(f"its logit is reward - c, c = {c:.6g}; on {len(TRIED)} texts it was "
-          f"{difference:.1e} of the rewards' std away")
-    print(f"written {args.out}")
+    print(f"\n{type(model).__name__}, {reward.meta['layer'] + 1} of {len(reward.backbone.blocks)} "
+          f"blocks, {kept:,} of {whole:,} parameters ({kept / whole:.0%}), "
+          f"{str(model.dtype).removeprefix('torch.')}")
+    print(f"its logit is reward - c, c = {c:.6g}; on a few texts it was at most {apart:.1e} of the "
+          "rewards' std away")
+    print(f"written {args.out}, how to use it: {Path(args.out) / 'README.md'}")
     print("\nnext: transformers.AutoModelForSequenceClassification.from_pretrained("
-          f"{str(args.out)!r})   how to use it: {Path(args.out) / 'README.md'}")
+          f"{str(args.out)!r})")
 
 
 def check_exportable(path, meta):
@@ -685,34 +709,39 @@ def commands_for_export(path, meta):
     folder = Path(path).parent
     runs = [run for run in (folder, folder.parent) if (run / "activations").is_dir()]
     run = runs[0] if runs else "RUN"
-    layer = meta["layer"]
-    k_sae = f" --k-sae {meta['k_sae']}" if meta["k_sae"] else ""
+    layer = str(meta["layer"])
+    name = "export" if folder.name != "export" else "export-rms"
+    k_sae = ["--k-sae", str(meta["k_sae"])] if meta["k_sae"] else []
     commands = [
-        f"python 02_select_features.py --run {run} --sae {meta['sae']}{k_sae} --layer {layer} "
-        "--token last --normalise rms --name export",
-        f"python 03_train_head.py --run {run} --name export",
+        ["02_select_features.py", "--run", str(run), "--sae", meta["sae"], *k_sae, "--layer", layer,
+         "--token", "last", "--normalise", "rms", "--name", name],
+        ["03_train_head.py", "--run", str(run), "--name", name],
     ]
-    shards = list(Path(run).glob(f"activations/layer{layer}-last-*"))
-    if not shards:
-        commands.insert(0, "the command of stage 1 again with --token mean last")
-    return commands
+    lines = [f"python {shlex.join(command)}" for command in commands]
+    if not list(Path(run).glob(f"activations/layer{layer}-last-*")):
+        lines.insert(0, "the command of stage 1 again with --token mean last")
+    return lines
 
 
 LOSSES = {"bt": "Bradley-Terry", "margin": "margin", "bce": "binary cross-entropy"}
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def facts_of(args, reward, c):
-    """What the model card says → dict."""
+    """What the model card says → dict. Names, no paths: the folder is passed on."""
     meta = reward.meta
     name = demo_file() if meta["model"] == "demo" else meta["model"]
-    is_local = Path(name).exists()
+    is_of_hub = HUB_NAME.fullmatch(name) and not Path(name).exists()
     revision = f" at {meta['revision']}" if meta["revision"] else ""
-    return {                                # names, no paths: the folder is passed on
-        "backbone": (Path(name).name if is_local else name) + revision,
-        "hub_name": None if is_local else name,
-        "licence": licence_of(args.model or name, meta["revision"]),
+    licence = licence_of(name, meta["revision"]) or (licence_of(args.model) if args.model else None)
+    sae = Path(meta["sae"])
+    return {
+        "backbone": (name if is_of_hub else Path(name).name) + revision,
+        "hub_name": name if is_of_hub else None,
+        "licence": licence,
         "layer": meta["layer"],
         "blocks": len(reward.backbone.blocks),
+        "sae": meta["sae"] if meta["sae"].startswith("hub:") else sae.name,
         "directions": 2 * meta["k"],
         "loss": LOSSES[meta["settings"]["loss"]],
         "pairs": meta["parent"]["pairs"],
@@ -720,18 +749,29 @@ def facts_of(args, reward, c):
         "max_length": meta["max_length"],
         "constant": c,
         "temperature": reward.temperature,
-        "accuracy_out_of_fold": meta["accuracy_out_of_fold"],
-        "test": test_accuracy(args.reward),
+        **evaluation_in_words(args.reward, meta),
     }
 
 
-def test_accuracy(path):
-    """The accuracy on the test split, where stage 4 evaluated this head; else None."""
+def evaluation_in_words(path, meta):
+    """What stage 4 found of this head, or else what training did → {sources, accuracy, verdict}."""
     try:
         found = json.loads((Path(path).parent / "evaluation.json").read_text("utf-8"))
-        return found["test"] if found["parent"]["head"] == file_hash(path) else None
-    except (OSError, ValueError, KeyError, TypeError):          # none, or not whole
-        return None
+        test = found["test"]
+        if found["parent"]["head"] == file_hash(path):
+            return {
+                "sources": ", ".join(found["run"]["sources"]),
+                "accuracy": f"{test['accuracy']:.3f} [{test['low']:.3f}, {test['high']:.3f}] of "
+                            f"{test['n']} test pairs ({test['groups']} prompts; 95 % interval)",
+                "verdict": "\n".join(f"* {sentence}" for sentence in found["verdict"]),
+            }
+    except (OSError, ValueError, KeyError, TypeError):      # none, not whole, or no test pairs
+        pass
+    share = meta["accuracy_out_of_fold"]
+    measured = "not measured" if share is None else (
+        f"{share:.3f} of the training pairs, by heads that had not seen them")
+    return {"sources": "one set", "accuracy": measured,
+            "verdict": "It was not evaluated (stage 4) before it was exported."}
 
 
 # ---------------------------------------------------------------- the stage

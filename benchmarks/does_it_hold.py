@@ -46,7 +46,7 @@ def run_stages(sets, args):
         for reading, flags in READINGS.items():
             beside = [] if reading == "mean" else ["--name", reading]
             folder = run if reading == "mean" else run / reading
-            stage("02_select_features.py", run, "--sae", args.sae, *flags)
+            stage("02_select_features.py", run, "--sae", args.sae, "--layer", args.layer, *flags)
             stage("03_train_head.py", run, *beside)
             texts = [] if reading == "mean" else ["--texts", "0"]
             stage("04_evaluate.py", run, *beside, *texts)
@@ -261,6 +261,8 @@ def main():
     p.add_argument("--max-length", type=int, default=2048)
     p.add_argument("--sae", default=str(DEMO_SAE))
     p.add_argument("--out", default="runs/does-it-hold")
+    p.add_argument("--name", default="does_it_hold",
+                   help="of the file in benchmarks/results (default does_it_hold)")
     p.add_argument("--write", action="store_true")
     p.add_argument("--tables", action="store_true")
     p.add_argument("--picture", metavar="PNG",
@@ -270,9 +272,9 @@ def main():
     if not args.tables and not sets:
         p.error("name the sets: NAME=FILE …")
 
-    found = common.read_result("does_it_hold") if args.tables else run_stages(sets, args)
+    found = common.read_result(args.name) if args.tables else run_stages(sets, args)
     if args.write:
-        common.write_result("does_it_hold", found, sort_keys=False)
+        common.write_result(args.name, found, sort_keys=False)
     if args.picture:
         draw(found, args.picture)
     print(tables(found))

@@ -21,6 +21,7 @@ PLAIN_TEMPLATE = (
     "{{ (eos_token or '') if m['role'] == 'assistant' }}\n\n"
     "{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}")
 TODAY = "26 Jul 2024"   # for templates that print a date: a text has to give the same ids tomorrow
+PINNED = "{% macro strftime_now(form) %}" + TODAY + "{% endmacro +%}"       # before a template
 
 
 @dataclass
@@ -225,8 +226,7 @@ def chat_string(tokenizer, messages, **kwargs):
 def apply_template(tokenizer, messages, **kwargs):
     """tokenizer.apply_chat_template as text, on a fixed day."""
     from jinja2.exceptions import TemplateError
-    pinned = "{% macro strftime_now(form) %}" + TODAY + "{% endmacro +%}"
-    template = pinned + tokenizer.get_chat_template()
+    template = PINNED + tokenizer.get_chat_template()
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template,
                                              date_string=TODAY, **kwargs)

@@ -9,35 +9,42 @@ needed to load it.
 """
 
 import copy
-import os
 import re
-import shutil
 import string
 from pathlib import Path
 
 import torch
+from tokenizers import processors
 
-from parts.chat import TODAY, chat_string, control_tokens
-from parts.files import UserError
+from parts.chat import PINNED, TODAY, chat_string, control_tokens, takes_system_turn
+from parts.files import UserError, folder_moved_into_place
 from parts.models import SHORT_TALK
 
 # ---------------------------------------------------------------- the model
+
+PLAIN_FORMATS = (torch.float32, torch.bfloat16, torch.float16)
+
 
 def sequence_classifier(backbone, layer, u, eps, dtype):
     """Blocks 0 to `layer` of a Backbone and a vector u [d] → its …ForSequenceClassification.
 
     Its logit is <z / √(mean z² + eps), u>, z at the output of block `layer`. The weights are shared
     with the backbone where the dtype is the same. Errors: UserError, of a family for which
-    transformers has no such class, or that ends in another norm.
+    transformers has no such class, that ends in another norm, or whose weights are quantised.
     """
     model_class, config = class_and_config(backbone, layer, dtype)
     with torch.device("meta"):                      # no memory: all weights are put in below
         model = model_class(config)
     decoder = decoder_of(backbone)
     norm = neutral_norm(decoder, eps, backbone.meta["model"])
-    source = {f"norm.{name}": weight for name, weight in norm.state_dict().items()}
-    source = {**decoder.state_dict(), **source}
-    weights = {name: source[name].to(dtype) for name in model.base_model.state_dict()}
+    source = decoder.state_dict() | {f"norm.{name}": weight
+                                     for name, weight in norm.state_dict().items()}
+    weights = {}
+    for name in model.base_model.state_dict():
+        if name not in source or source[name].dtype not in PLAIN_FORMATS:
+            raise UserError(f"the backbone has no plain weight {name} (quantised?) · "
+                            f"{backbone.meta['model']} · load it in float32 or bfloat16")
+        weights[name] = source[name].to(dtype)
     model.base_model.load_state_dict(weights, assign=True)
     model.score.weight = torch.nn.Parameter(u[None].to(dtype), requires_grad=False)
     return model
@@ -77,36 +84,72 @@ def neutral_norm(decoder, eps, name):
 
     Llama's norm multiplies with w, Gemma's with 1 + w: which of 1 and 0 is neutral is tried out.
     """
-    if hasattr(decoder, "norm"):
-        norm = copy.deepcopy(decoder.norm).float().cpu()
-        x = torch.randn(2, decoder.config.hidden_size, generator=torch.Generator().manual_seed(0))
-        wanted = x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
-        for neutral in (1.0, 0.0):
-            for weight in norm.parameters():
-                torch.nn.init.constant_(weight, neutral)
-            if torch.allclose(norm(x), wanted, atol=1e-5):
-                return norm
-    raise UserError("the model's last norm is not x / √(mean x² + eps) · "
-                    f"{name} · such a model cannot hold the head: use RewardModel")
+    if not hasattr(decoder, "norm"):
+        raise UserError(f"no final norm called norm in {type(decoder).__name__} · {name} · "
+                        "export does not know this family: use RewardModel")
+    norm = copy.deepcopy(decoder.norm).float().cpu()
+    x = torch.randn(2, decoder.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    wanted = x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+    for neutral in (1.0, 0.0):
+        for weight in norm.parameters():
+            torch.nn.init.constant_(weight, neutral)
+        if torch.allclose(norm(x), wanted, atol=1e-5):
+            return norm
+    raise UserError(f"the model's last norm is not x / √(mean x² + eps) · {name} · "
+                    "such a model cannot hold the head: use RewardModel")
 
 
 # ---------------------------------------------------------------- the tokenizer
 
-def with_pad_token(tokenizer, rows, name):
-    """Give the tokenizer a pad token that never ends a conversation. In place → its id.
+def exported_tokenizer(tokenizer, rows, max_length, name):
+    """A tokenizer → the copy that an exported folder holds. rows: of the model's embedding.
 
-    rows: of the embedding. The token that is read is the rightmost one that is not padding. Where
-    the padding is what ends a turn, that token would be missed.
+    With it others render and encode a conversation to the ids that the head was trained on.
+    """
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = exported_template(tokenizer)
+    tokenizer.pad_token = pad_token(tokenizer, rows, name)
+    # rendered text is encoded as it stands: the template has written BOS
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    for flag in ("add_bos_token", "add_eos_token"):
+        if flag in tokenizer.init_kwargs:
+            tokenizer.init_kwargs[flag] = False
+    # with truncation=True a text loses its beginning: what is read stands at its end
+    tokenizer.model_max_length = max_length
+    tokenizer.truncation_side = "left"
+    tokenizer.init_kwargs["truncation_side"] = "left"       # save_pretrained names what is in there
+    return tokenizer
+
+
+# a system turn that the template refuses or loses, put in front of the first user turn
+FOLDED = ("{% if messages | length > 1 and messages[0].role == 'system' "
+          "and messages[1].role == 'user' %}"
+          "{% set messages = [{'role': 'user', 'content': "
+          "messages[0].content + '\n\n' + messages[1].content}] + messages[2:] %}{% endif +%}")
+
+
+def exported_template(tokenizer):
+    """The chat template with what stage 1 does beside it: the day, and where system turns go."""
+    # +%}: else the template's own newline behind it would be lost
+    day = PINNED + "{% set date_string = \"" + TODAY + "\" +%}"
+    fold = "" if takes_system_turn(tokenizer) else FOLDED
+    return day + fold + tokenizer.get_chat_template()
+
+
+def pad_token(tokenizer, rows, name):
+    """A token to pad with, which ends no conversation → str.
+
+    The token that is read is the rightmost one that is not padding. Where the padding is what ends
+    a turn, that token would be missed, so another is taken.
     """
     if is_fit_to_pad(tokenizer, tokenizer.pad_token_id, rows):
-        return tokenizer.pad_token_id
+        return tokenizer.pad_token
     tokens = tokenizer.convert_ids_to_tokens(sorted(control_tokens(tokenizer)[1]))
     reserved = [token for token in tokens if re.search(RESERVED, token, re.IGNORECASE)]
     reserved.sort(key=lambda token: "pad" not in token.lower())
     for token in filter(None, [*reserved, tokenizer.unk_token]):
         if is_fit_to_pad(tokenizer, tokenizer.convert_tokens_to_ids(token), rows):
-            tokenizer.pad_token = token
-            return tokenizer.pad_token_id
+            return token
     raise UserError("no token is left to pad with, batches could not be read · "
                     f"{name} · add a pad token to its tokenizer and embedding")
 
@@ -123,41 +166,24 @@ def is_fit_to_pad(tokenizer, number, rows):
     return number != written[-1]
 
 
-def pin_date(tokenizer):
-    """Write the day that stage 1 reads into the chat template. In place."""
-    # +%}: else the template's own newline behind it would be lost
-    pinned = ("{% macro strftime_now(form) %}" + TODAY + "{% endmacro +%}"
-              "{% set date_string = \"" + TODAY + "\" +%}")
-    tokenizer.chat_template = pinned + tokenizer.get_chat_template()
-
-
-def cut_at_the_beginning(tokenizer):
-    """Let a text that is too long lose its beginning: what is read stands at its end. In place."""
-    tokenizer.truncation_side = "left"
-    tokenizer.init_kwargs["truncation_side"] = "left"       # save_pretrained names what is in there
-
-
 # ---------------------------------------------------------------- the folder
+
+def check_free(out):
+    """Refuse to replace a folder."""
+    if Path(out).exists():
+        raise UserError(f"it exists already · --out {out} · remove it, or name another folder")
+
 
 def write_folder(out, model, tokenizer, card, check):
     """Save model, tokenizer and README.md → check(folder), called before it is moved to `out`."""
-    out = Path(out)
-    if out.exists():
-        raise UserError(f"the folder exists · --out {out} · remove it, or name another")
-    part = out.with_name(f".{out.name}.{os.urandom(4).hex()}.part")
-    part.mkdir(parents=True)
-    try:
+    with folder_moved_into_place(out) as part:
         (part / "README.md").write_text(card, encoding="utf-8")
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
         mode = (part / "README.md").stat().st_mode
         for path in part.iterdir():                 # safetensors leaves them to their owner alone
             path.chmod(mode)
-        found = check(part)
-        os.replace(part, out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return found
+        return check(part)
 
 
 def logits_of_folder(folder, conversations):
@@ -169,8 +195,7 @@ def logits_of_folder(folder, conversations):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     texts = [rendered(tokenizer, *conversation) for conversation in conversations]
-    # the template writes BOS itself
-    batch = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
     with torch.inference_mode():
         return model(**batch).logits[:, 0].float()
 
@@ -184,7 +209,7 @@ def rendered(tokenizer, prompt, response):
 
 # ---------------------------------------------------------------- the model card
 
-def model_card(facts, pad):
+def model_card(facts, tokenizer):
     """The README.md of an exported folder. facts: see facts_of in 05_best_of_n.py."""
     head = ["library_name: transformers", "pipeline_tag: text-classification",
             "tags: [reward-model, sparserm]"]
@@ -196,22 +221,15 @@ def model_card(facts, pad):
         **facts,
         "head": "\n".join(head),
         "licence": facts["licence"] or "not stated in its files: look before you pass this on",
-        "accuracy": accuracy_in_words(facts),
         "constant": f"{facts['constant']:.6g}",
         "temperature": f"{facts['temperature']:.4g}",
-        "pad": pad,
+        "pad": tokenizer.pad_token,
+        "end": repr(end_of_conversation(tokenizer)),
     }
     template = Path(__file__).with_name("model_card.md").read_text("utf-8")
     return string.Template(template).substitute(values)
 
 
-def accuracy_in_words(facts):
-    """Test accuracy with its interval, or what training itself measured."""
-    test = facts["test"]
-    if test and test.get("low") is not None:
-        return (f"{test['accuracy']:.3f} [{test['low']:.3f}, {test['high']:.3f}] of {test['n']} "
-                f"test pairs ({test['groups']} prompts; 95 % interval)")
-    if facts["accuracy_out_of_fold"] is not None:
-        return (f"{facts['accuracy_out_of_fold']:.3f} of the training pairs, by heads that had not "
-                "seen them; not evaluated on a test split")
-    return "not measured"
+def end_of_conversation(tokenizer):
+    """What the chat template writes behind an answer → str."""
+    return rendered(tokenizer, "a", "\ue000").rpartition("\ue000")[2]

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import traceback
@@ -52,6 +53,37 @@ def moved_into_place(path):
 
 
 @contextlib.contextmanager
+def folder_moved_into_place(path):
+    """The same for a folder of files, which must not be there yet; `path` names it in errors."""
+    path = Path(path)
+    for left in path.parent.glob(f".{path.name}.*.part"):       # by a killed process
+        shutil.rmtree(left, ignore_errors=True)
+    part = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
+    new_folders = [folder for folder in path.parents if not folder.exists()]    # the deepest first
+    try:
+        with folder_named_in_errors(path):
+            part.mkdir(parents=True)
+            yield part
+            os.replace(part, path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for folder in new_folders:
+                folder.rmdir()
+
+
+@contextlib.contextmanager
+def folder_named_in_errors(path):
+    """A full disk or a place without rights, told by the name that was asked for."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"cannot be written ({reason}) · {path} · "
+                        "check the rights, the place and the free space") from None
+
+
+@contextlib.contextmanager
 def named_in_errors(path):
     """A full disk is an OSError without a file name in Python, and none at all in safetensors."""
     try:
@@ -76,6 +108,8 @@ def read_meta(path, made_by="an earlier stage", stage=None):
 
     The file's tensors are checked too, by the header alone: names, types and shapes.
     """
+    if Path(path).is_dir():
+        raise UserError(f"a folder, where a file of {made_by} is read · {path} · name the file")
     try:
         table, tensors = read_header(path)
     except FileNotFoundError:
@@ -85,7 +119,7 @@ def read_meta(path, made_by="an earlier stage", stage=None):
         raise UserError(f"not a complete stage file · {path} · "
                         f"delete it and run {made_by} again") from None
     advice = f"{path} · it is damaged or of another version: delete it and run {made_by} again"
-    meta = Settings(table, advice)
+    meta = Settings(table, advice, tensors)
     if stage and meta.get("stage") != stage:
         raise UserError(f"not a file of stage {made_by[1]} · {path} · run {made_by} again")
     wrong = what_is_wrong(meta, tensors)
@@ -108,10 +142,11 @@ def read_header(path):
 class Settings(dict):
     """Settings of a stage file; one that is asked for and missing is an error with a cause."""
 
-    def __init__(self, table, advice):
-        """advice: where · what to do."""
+    def __init__(self, table, advice, tensors=()):
+        """advice: where · what to do. tensors: their names."""
         super().__init__(table)
         self.advice = advice
+        self.tensors = list(tensors)
         for name, value in self.items():
             if isinstance(value, dict):
                 self[name] = Settings(value, advice)        # parent, settings
@@ -132,11 +167,13 @@ def up_to_date(path, wanted):
 def load_stage(path, made_by="an earlier stage", stage=None):
     """→ (tensors, metadata) of a stage file."""
     meta = read_meta(path, made_by, stage)
-    _, headers = read_header(path)
+    before = os.stat(path)
     tensors = {}
-    for name in headers:
+    for name in meta.tensors:
         with safe_open(path, "pt") as file:         # one at a time: what was mapped is let go of
             tensors[name] = file.get_tensor(name).clone()
+    if (before.st_ino, before.st_mtime_ns) != (os.stat(path).st_ino, os.stat(path).st_mtime_ns):
+        raise UserError(f"replaced while it was read · {path} · run the command again")
     wrong = wrong_numbers(tensors)
     if wrong:
         raise UserError(f"{wrong} · {meta.advice}")

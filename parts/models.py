@@ -167,14 +167,15 @@ def licence_of(name, revision=None):
         from gguf import GGUFReader
         field = GGUFReader(path).get_field("general.license")
         return field.contents() if field else None
+    import yaml
     from huggingface_hub import ModelCard
     from transformers.utils import cached_file
-    card = cached_file(name, "README.md", revision=revision,
-                       _raise_exceptions_for_missing_entries=False,
-                       _raise_exceptions_for_connection_errors=False)
     try:
+        card = cached_file(name, "README.md", revision=revision,
+                           _raise_exceptions_for_missing_entries=False,
+                           _raise_exceptions_for_connection_errors=False)
         return ModelCard.load(card).data.get("license") if card else None
-    except ValueError:                      # its head is no YAML
+    except (OSError, ValueError, yaml.YAMLError):       # no such place, or a head that is no YAML
         return None
 
 

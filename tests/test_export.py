@@ -23,7 +23,8 @@ from transformers import (
 )
 
 import parts.export
-from parts.files import UserError
+from parts import models
+from parts.files import UserError, file_hash
 
 stage1 = importlib.import_module("01_extract")
 stage3 = importlib.import_module("03_train_head")
@@ -33,13 +34,14 @@ NORMED = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"]
 HEAD = Path("export", "reward_head.safetensors")
 
 
-def make_head(folder, model, pairs=60, select=("--token", "last", "--normalise", "rms"), train=()):
+def make_head(folder, model, pairs=60, extract=(), train=(),
+              select=("--token", "last", "--normalise", "rms")):
     """Stages 1 to 3 → the path of a head in folder/run/export."""
     run = folder / "run"
     rows = tiny.save_pairs(folder / "pairs.jsonl", pairs)
     sae = tiny.save_sae(folder / "sae.safetensors", layer=1, model=model)
     tiny.succeed("01_extract", "--model", model, "--pairs", rows, "--layer", 1, "--run", run,
-                 "--token", "mean", "last")
+                 "--token", "mean", "last", *extract)
     tiny.succeed("02_select_features", "--run", run, "--sae", sae, "--k", 8, "--name", "export",
                  *select)
     tiny.succeed("03_train_head", "--run", run, "--name", "export", *train)
@@ -53,6 +55,11 @@ def train_norms(folder):
         if "norm" in name:
             weight.data += 0.5 * tiny.draw(*weight.shape)
     model.save_pretrained(folder)
+
+
+def refused_export(head, out, *flags):
+    """(exit code, stdout, stderr) of an export that should fail."""
+    return tiny.command("05_best_of_n", "export", "--reward", head, "--out", out, *flags)
 
 
 def export(head, out, *flags):
@@ -258,8 +265,8 @@ def without_the_name_pad(tokenizer):
 def test_without_any_token_to_pad_with_it_is_refused(tmp_path):
     tokenizer = without_the_name_pad(tokenizer_with(ENDS_IN_EOS))
     head = make_head(tmp_path, tiny.save_model(tmp_path / "model", tokenizer=tokenizer))
-    found = tiny.command("05_best_of_n", "export", "--reward", head, "--out", tmp_path / "out")
-    tiny.assert_one_line_error(found, "pad", tmp_path / "model")
+    refused = refused_export(head, tmp_path / "out")
+    tiny.assert_one_line_error(refused, "pad", tmp_path / "model")
     assert not (tmp_path / "out").exists()
 
 
@@ -267,9 +274,8 @@ def test_a_pad_token_beyond_the_embedding_is_not_taken():
     tokenizer = tokenizer_with(ENDS_IN_EOS, unk="<|im_end|>", reserved=["<|reserved_1|>"])
     tokenizer = without_the_name_pad(tokenizer)
     number = tokenizer.convert_tokens_to_ids("<|reserved_1|>")
-    assert parts.export.with_pad_token(copy.deepcopy(tokenizer), number + 1, "m") == number
-    parts.export.with_pad_token(tokenizer, number, "m")
-    assert tokenizer.pad_token == "<|im_end|>"
+    assert parts.export.pad_token(tokenizer, number + 1, "m") == "<|reserved_1|>"
+    assert parts.export.pad_token(tokenizer, number, "m") == "<|im_end|>"
 
 
 DATED = ("<|im_start|>system\n{{ strftime_now('%d %b %Y') }}{% if date_string is defined %}"
@@ -294,6 +300,7 @@ def test_a_text_that_is_cut_keeps_its_end(exported):
     cut = tokenizer("One two three four five.", add_special_tokens=False, truncation=True,
                     max_length=3)["input_ids"]
     assert cut == ids[-3:] != ids[:3]
+    assert tokenizer.model_max_length == 2048
 
 
 # ---------------------------------------------------------------- pipeline
@@ -312,7 +319,8 @@ def test_pipeline_gives_the_reward_of_rendered_text(settings, exported):
 
 def test_the_lines_of_the_docs_print_the_reward(exported, tmp_path, monkeypatch, capsys):
     head, folder = exported("llama")
-    (tmp_path / "my-reward-model").symlink_to(folder)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/reward-model").symlink_to(folder)
     monkeypatch.chdir(tmp_path)
     text = (tiny.ROOT / "docs/formats.md").read_text("utf-8")
     [lines] = [block for block in re.findall(r"```python\n(.*?)```", text, re.S)
@@ -323,9 +331,14 @@ def test_the_lines_of_the_docs_print_the_reward(exported, tmp_path, monkeypatch,
     assert shown == pytest.approx(float(wanted), abs=1e-4)
 
 
-def test_a_second_bos_would_change_the_reward(tmp_path):
-    """Why the model card says add_special_tokens=False."""
+@pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "LlamaTokenizer", "GemmaTokenizer"])
+def test_bos_is_written_once_whether_special_tokens_are_asked_for_or_not(kind, tmp_path):
     model = tiny.save_model(tmp_path / "model", template=tiny.NO_SYSTEM)
+    settings = Path(model, "tokenizer_config.json")
+    found = json.loads(settings.read_text())
+    found |= {"tokenizer_class": kind, "add_bos_token": True, "unk_token": "<s>"}
+    settings.write_text(json.dumps(found))
+    assert AutoTokenizer.from_pretrained(model)("a")["input_ids"][0] == 1       # <s>
     head = make_head(tmp_path, model)
     folder, _ = export(head, tmp_path / "out")
     pipe = pipeline("text-classification", model=str(folder))
@@ -333,11 +346,29 @@ def test_a_second_bos_would_change_the_reward(tmp_path):
     texts = texts_of(pipe.tokenizer, chats)
     assert texts[0].startswith("<s>")
     wanted = rewards_without_constant(head, chats)
+    for settings in ({}, {"add_special_tokens": False}, {"add_special_tokens": True}):
+        scores = torch.tensor([row["score"] for row in pipe(texts, **settings)])
+        assert distance(scores, wanted) < 1e-4
+    before = stage1.load_tokenizer(model)
+    assert before("a")["input_ids"][0] == 1                 # the backbone's own is as it was
 
-    def scores(**settings):
-        return torch.tensor([row["score"] for row in pipe(texts, **settings)])
-    assert distance(scores(add_special_tokens=False), wanted) < 1e-4
-    assert distance(scores(), wanted) > 1e-2
+
+LOSES_SYSTEM = ("{% for m in messages %}{% if m.role == 'system' and loop.last %}{{ m.content }}"
+                "{% elif m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+                "{% endif %}{% endfor %}")
+
+
+@pytest.mark.parametrize("template", [tiny.CHATML, tiny.NO_SYSTEM, LOSES_SYSTEM],
+                         ids=["printed", "refused", "lost"])
+def test_a_system_turn_counts_as_in_training_whatever_the_template_does(template, tmp_path):
+    head = make_head(tmp_path, tiny.save_model(tmp_path / "model", template=template))
+    folder, _ = export(head, tmp_path / "out")
+    talk = [{"role": "user", "content": "Is water wet?"}]
+    chats = [([{"role": "system", "content": system}, *talk], "Yes.")
+             for system in ("Answer in one short sentence.", "Be green.", "No, it is not.")]
+    wanted = rewards_without_constant(head, chats)
+    assert wanted.std() > 0.1
+    assert distance(logits_of(folder, chats), wanted) < 1e-4
 
 
 # ---------------------------------------------------------------- TRL
@@ -414,28 +445,31 @@ def test_a_head_that_does_not_fit_is_refused_with_commands_that_make_one(select,
                                                                          tmp_path):
     head = make_head(tmp_path, tiny.save_model(tmp_path / "model"), select=select, train=train)
     out = tmp_path / "out"
-    refused = tiny.command("05_best_of_n", "export", "--reward", head, "--out", out)
+    refused = refused_export(head, out)
     tiny.assert_one_line_error(refused, head, *words)
     assert not out.exists()
 
+    before = head.read_bytes()
     commands = re.findall(r"python (\d\d_\w+)\.py (.*?)(?: &&|$)", refused[2], re.MULTILINE)
     assert [script for script, _ in commands] == ["02_select_features", "03_train_head"]
     for script, flags in commands:
         tiny.succeed(script, *shlex.split(flags))
-    export(tmp_path / "run" / HEAD, out)
-    assert distance(logits_of(out, CHATS[-5:]), rewards_without_constant(head, CHATS[-5:])) < 1e-4
+    assert head.read_bytes() == before
+    head = tmp_path / "run/export-rms/reward_head.safetensors"      # export is the name of this one
+    export(head, out)
+    chats = CHATS[-5:]
+    assert distance(logits_of(out, chats), rewards_without_constant(head, chats)) < 1e-4
 
 
 def test_where_last_was_not_extracted_stage_1_is_named_first(finished, tmp_path):
-    refused = tiny.command("05_best_of_n", "export", "--out", tmp_path / "out",
-                           "--reward", finished / HEAD.name)
+    refused = refused_export(finished / HEAD.name, tmp_path / "out")
     tiny.assert_one_line_error(refused, "stage 1 again with --token mean last && python 02_select")
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "gpt2", "phi"])
 def test_a_model_that_ends_in_another_norm_is_refused(family, tmp_path):
     head = make_head(tmp_path, tiny.save_model(tmp_path / "model", family))
-    refused = tiny.command("05_best_of_n", "export", "--reward", head, "--out", tmp_path / "out")
+    refused = refused_export(head, tmp_path / "out")
     tiny.assert_one_line_error(refused, tmp_path / "model", "norm")
     assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
 
@@ -447,23 +481,76 @@ def test_a_family_without_a_classifier_is_refused(folder_of, monkeypatch):
         parts.export.class_and_config(backbone, 1, torch.float32)
 
 
-def test_a_folder_that_gives_other_rewards_is_not_left_there(exported, tmp_path, monkeypatch):
+OTHERS = {"twice u": 2.0, "no number": math.nan}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("factor", OTHERS.values(), ids=OTHERS)
+def test_a_folder_that_gives_other_rewards_is_not_left_there(factor, dtype, exported, tmp_path,
+                                                             monkeypatch):
     head, _ = exported("llama")
 
-    def of_another_vector(backbone, layer, u, eps, dtype, make=parts.export.sequence_classifier):
-        return make(backbone, layer, 2 * u, eps, dtype)
+    def of_another_vector(backbone, layer, u, *args, make=parts.export.sequence_classifier):
+        return make(backbone, layer, factor * u, *args)
     monkeypatch.setattr(parts.export, "sequence_classifier", of_another_vector)
-    refused = tiny.command("05_best_of_n", "export", "--reward", head, "--out", tmp_path / "out")
+    refused = refused_export(head, tmp_path / "new/out", "--dtype", dtype)
     tiny.assert_one_line_error(refused, "other rewards")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_quantised_weights_are_refused(folder_of):
+    backbone = stage1.load_backbone(folder_of("llama"))
+    matrix = backbone.blocks[0].mlp.down_proj
+    matrix.weight = torch.nn.Parameter(matrix.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(UserError, match="layers.0.mlp.down_proj.weight .quantised"):
+        parts.export.sequence_classifier(backbone, 1, torch.zeros(tiny.WIDTH),
+                                         backbone.meta["norm_eps"], torch.float32)
+
+
+@pytest.mark.parametrize("family", ["olmo2", "mixtral", "smollm3"])
+def test_other_families_of_that_form_are_exported_too(family, tmp_path, monkeypatch):
+    monkeypatch.setitem(tiny.FAMILIES, family, tiny.SIZES | {"num_local_experts": 4})
+    head = make_head(tmp_path, tiny.save_model(tmp_path / "model", family))
+    folder, _ = export(head, tmp_path / "out")
+    chats = CHATS[-9:]
+    assert distance(logits_of(folder, chats), rewards_without_constant(head, chats)) < 1e-4
+
+
+def test_a_head_of_short_texts_is_exported(tmp_path):
+    model = tiny.save_model(tmp_path / "model")
+    head = make_head(tmp_path, model, extract=("--max-length", "40"))
+    folder, _ = export(head, tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(folder).model_max_length == 40
+
+
+def test_what_a_killed_export_left_goes_with_the_next(exported, tmp_path):
+    head, _ = exported("llama")
+    (tmp_path / ".out.0123abcd.part").mkdir()
+    (tmp_path / ".out.0123abcd.part/model.safetensors").write_text("half")
+    (tmp_path / ".other.0123abcd.part").mkdir()
+    export(head, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", ".other.0123abcd.part"}
+
+
+def test_a_place_that_cannot_be_written_is_named_by_its_own_name(exported, tmp_path):
+    head, _ = exported("llama")
+    (tmp_path / "file").write_text("")
+    refused = refused_export(head, tmp_path / "file/out")
+    tiny.assert_one_line_error(refused, f"{tmp_path}/file/out · ")
 
 
 def test_a_folder_that_exists_is_not_replaced(exported):
     head, folder = exported("llama")
     before = (folder / "config.json").read_bytes()
-    refused = tiny.command("05_best_of_n", "export", "--reward", head, "--out", folder)
+    refused = refused_export(head, folder)
     tiny.assert_one_line_error(refused, "exists", folder)
     assert (folder / "config.json").read_bytes() == before
+
+
+def test_a_folder_in_the_place_of_the_head_is_named_as_such(exported, tmp_path):
+    head, _ = exported("llama")
+    refused = refused_export(head.parent, tmp_path / "out")
+    tiny.assert_one_line_error(refused, "a folder", head.parent)
 
 
 def test_files_are_readable_by_all_whom_the_umask_lets(exported, tmp_path):
@@ -486,8 +573,10 @@ def test_the_card_says_how_it_was_made(exported):
     reward = stage3.RewardModel.load(head)
     _, c = reward.vector()
     assert f"the constant {c:.6g}" in card
-    assert reward.meta["parent"]["pairs"] in card and "2048 tokens" in card
-    assert "block 1 and below" in card and "not stated" in card and "`<pad>`" in card
+    assert reward.meta["parent"]["pairs"] in card and "| 2048 (" in card
+    assert "stands '<|im_end|>\\n'" in card
+    for words in ("up to block 1", "| sae.safetensors |", "not stated", "`<pad>`"):
+        assert words in card
     assert str(folder.parent) not in card
     found = ModelCard(card).data
     assert found.pipeline_tag == "text-classification" and found.get("license") is None
@@ -498,10 +587,13 @@ def test_the_card_has_the_test_accuracy_of_stage_4_and_the_licence(tmp_path):
     Path(model, "README.md").write_text("---\nlicense: mit\n---\n")
     head = make_head(tmp_path, model)
     tiny.succeed("04_evaluate", "--run", tmp_path / "run", "--name", "export", "--texts", 0)
-    test = json.loads((head.parent / "evaluation.json").read_text())["test"]
+    evaluation = json.loads((head.parent / "evaluation.json").read_text())
+    test = evaluation["test"]
     folder, _ = export(head, tmp_path / "out")
     wanted = f"{test['accuracy']:.3f} [{test['low']:.3f}, {test['high']:.3f}] of {test['n']} test"
     assert wanted in card_of(folder)
+    assert all(f"\n* {sentence}\n" in card_of(folder) for sentence in evaluation["verdict"])
+    assert "on pairs.jsonl: pairs with" in card_of(folder)
     assert "license: mit" in card_of(folder) and "| mit |" in card_of(folder)
 
 
@@ -510,4 +602,42 @@ def test_the_accuracy_of_another_head_is_not_told(tmp_path):
     tiny.succeed("04_evaluate", "--run", tmp_path / "run", "--name", "export", "--texts", 0)
     tiny.succeed("03_train_head", "--run", tmp_path / "run", "--name", "export", "--k", 2)
     folder, _ = export(head, tmp_path / "out")
-    assert "not evaluated on a test split" in card_of(folder)
+    assert "by heads that had not seen them" in card_of(folder)
+    assert "It was not evaluated" in card_of(folder)
+
+
+CARDS = {"no YAML": "---\nlicense: [mit\n---\n", "no head": "Hello", "a list": "---\n- a\n---\n"}
+
+
+@pytest.mark.parametrize("text", CARDS.values(), ids=CARDS)
+def test_a_readme_that_states_no_licence_stops_nothing(text, tmp_path):
+    model = tiny.save_model(tmp_path / "model")
+    Path(model, "README.md").write_text(text)
+    assert models.licence_of(model) is None
+
+
+def test_the_licence_of_a_gguf_is_that_of_its_metadata(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_license("apache-2.0")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert models.licence_of(str(tmp_path / "m.gguf")) == "apache-2.0"
+
+
+def test_the_card_tells_no_path_of_a_model_that_was_moved(tmp_path):
+    model = tiny.save_model(tmp_path / "secret/model")
+    head = make_head(tmp_path, model)
+    (tmp_path / "secret").rename(tmp_path / "elsewhere")
+    folder, _ = export(head, tmp_path / "out", "--model", tmp_path / "elsewhere/model")
+    assert "secret" not in card_of(folder) and "base_model" not in card_of(folder)
+
+
+def test_a_damaged_evaluation_is_not_told(tmp_path):
+    head = make_head(tmp_path, tiny.save_model(tmp_path / "model"))
+    parent = {"head": file_hash(head)}
+    for n, text in enumerate(["[1]", json.dumps({"test": {"low": 0.1}, "parent": parent}), "{"]):
+        (head.parent / "evaluation.json").write_text(text)
+        folder, _ = export(head, tmp_path / f"out{n}")
+        assert "It was not evaluated" in card_of(folder)
