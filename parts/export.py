@@ -193,7 +193,7 @@ def logits_of_folder(folder, conversations):
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
     texts = [rendered(tokenizer, *conversation) for conversation in conversations]
     batch = tokenizer(texts, padding=True, return_tensors="pt")
     with torch.inference_mode():
