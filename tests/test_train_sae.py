@@ -313,6 +313,17 @@ def test_steps_of_an_earlier_call_do_not_shorten_the_time_left(clock):
     assert lines == ["step 15/20  fits  00:30 gone, 00:30 left"]
 
 
+def test_the_time_gone_is_that_of_all_steps(clock, backbone, tmp_path, monkeypatch):
+    def in_one_second(*given, step=T.train_step):
+        clock.now += 1
+        return step(*given)
+    monkeypatch.setattr(T, "train_step", in_one_second)
+    _, lines = train(backbone, TEXTS["both"], settings(tmp_path, 20))
+    told = [re.search(r"^step (\d+)/20 .* 00:(\d\d) gone, 00:(\d\d) left", line) for line in lines]
+    times = [tuple(map(int, found.groups())) for found in told if found]
+    assert times == [(step, step, 20 - step) for step in range(1, 21)]
+
+
 def test_while_the_buffer_fills_there_is_a_line_a_minute(clock):
     lines = []
     progress = T.Progress(lines.append)

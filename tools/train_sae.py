@@ -392,8 +392,9 @@ def shuffled(texts, generator):
 def train_steps(state, stream, held, steps, layer, args, progress):
     """The steps that are left; a checkpoint and a line at every twentieth → the SAE of the last."""
     every = math.ceil(steps / 20)
-    for step, batch in enumerate(stream, start=state.step + 1):
-        if step == state.step + 1:
+    first = state.step + 1
+    for step, batch in enumerate(stream, start=first):
+        if step == first:                       # the buffer is full, training begins
             progress.begin("step", steps, state.step)
         set_learning_rate(state, step, steps, args.lr)
         train_step(state, batch, args)
