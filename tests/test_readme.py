@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from parts import models
+from parts.files import read_meta
 
 sae = importlib.import_module("sae")
 
@@ -151,6 +152,7 @@ def test_every_help_says_what_each_flag_does(helps, command):
 SAE_FILE = "assets/sae-smollm2-135m-layer16.safetensors"
 GEMMA_SCOPE = "google/gemma-scope-2b-pt-res:layer_13/width_16k/average_l0_84"
 LLAMA_SCOPE = "fnlp/Llama3_1-8B-Base-LXR-8x:Llama3_1-8B-Base-L15R-8x"
+SMOLLM_SAE = "EleutherAI/sae-SmolLM2-1.7B-layer17-32x"
 QWEN_SCOPE = "Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50:layer14.sae.pt"
 
 DEPTH = 18                              # above every layer that a command names
@@ -161,6 +163,7 @@ MODELS = {
     "google/gemma-2-2b-it": ("gemma2", ALTERNATING),
     "meta-llama/Llama-3.1-8B-Instruct": ("llama", {}),
     "Qwen/Qwen3-1.7B": ("qwen3", FULL),
+    "HuggingFaceTB/SmolLM2-1.7B-Instruct": ("llama", {}),
 }
 
 # flags that only make a command quicker
@@ -224,7 +227,17 @@ def save_tiny_hub(folder):
     torch.save({"W_enc": rows, "W_dec": columns, "b_enc": wide, "b_dec": zero},
                qwen / "layer14.sae.pt")
 
-    return {GEMMA_SCOPE: gemma, LLAMA_SCOPE: llama, QWEN_SCOPE: qwen / "layer14.sae.pt"}
+    smollm = folder / "sae-SmolLM2-1.7B-layer17-32x"
+    smollm.mkdir()
+    save_file({"encoder.weight": rows, "encoder.bias": wide, "W_dec": rows.clone(), "b_dec": zero},
+              smollm / "sae.safetensors")
+    (smollm / "cfg.json").write_text(json.dumps({"activation": "topk", "expansion_factor": 2,
+                                                 "k": 32, "d_in": tiny.WIDTH, "num_latents": 0,
+                                                 "normalize_decoder": True, "multi_topk": False,
+                                                 "skip_connection": False}))
+
+    return {GEMMA_SCOPE: gemma, LLAMA_SCOPE: llama, QWEN_SCOPE: qwen / "layer14.sae.pt",
+            SMOLLM_SAE: smollm}
 
 
 def lines_of_make_demo():
@@ -305,6 +318,12 @@ def test_every_command_of_the_readme_runs_as_it_stands(played):
 
     failed = [(line, err[-600:]) for line, code, err in found if code]
     assert not failed
+
+
+def test_the_layer_of_an_sae_is_told_by_its_repository(played):
+    folder, _ = played
+    meta = read_meta(folder / "runs/smollm2/features.safetensors")
+    assert not [warning for warning in meta["warnings"] if "its layer" in warning]
 
 
 def test_the_commands_that_are_not_run_are_those_of_make():
