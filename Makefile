@@ -6,7 +6,7 @@ RUN  := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive $(PY)
 SAE  := assets/sae-smollm2-135m-layer16.safetensors
 PYTHON ?= python3
 
-.PHONY: demo test lint faults bench bench-rm bench-sae clean clean-cache venv
+.PHONY: demo test lint faults bench bench-rm bench-sae second-model clean clean-cache venv
 
 venv: $(VENV)/ready
 
@@ -54,6 +54,10 @@ bench-sae: $(BENCH)/ready
 SETS ?= truthful=data/truthful.jsonl safe=data/safe.jsonl
 bench-rm: $(BENCH)/ready
 	HF_HUB_OFFLINE=1 $(BENCH)/bin/python benchmarks/reward_models.py $(SETS) $(MORE)
+
+# make second-model TEXTS=corpus.jsonl.gz MORE=--accept-terms
+second-model: venv
+	$(RUN) benchmarks/second_model.py $(SETS) --texts $(TEXTS) $(MORE)
 
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .
