@@ -711,7 +711,7 @@ def check_backbone(wanted, found, where):
 
 DEFAULTS = {"kind": "linear", "loss": "bt", "margin": 1.0, "hidden": 512, "lr": 0.001,
             "epochs": 100, "patience": 10}
-LITTLE = {"k": 4, "l2": 0.1}            # too few prompts for a search
+WITHOUT_SEARCH = {"k": 4, "l2": 0.1}
 MLP_L2 = 0.01
 
 
@@ -822,7 +822,7 @@ def train(args, t, record, out):
     k, l2, differences, extra = choose_for(args, t, record)
 
     columns = columns_of(k, record["k"])
-    chosen, rejected = train_scores(t, columns)                 # [m, 2K']
+    chosen, rejected = take_train_scores(t, columns)            # [m, 2K']
     if args.head == "mlp":
         head, _, _ = fit_mlp(chosen, rejected, l2=l2, seed=extra["seed_kept"],
                              steps=extra["steps"], **mlp_settings(settings))
@@ -836,7 +836,8 @@ def train(args, t, record, out):
             largest.append(x.abs().amax(1))
             rewards.append(head(x))
     output_bias = head.b1 if head.kind == "linear" else head.b2
-    output_bias.sub_(torch.cat(rewards).mean())     # 0 on average over the training responses
+    # 0 on average over the training responses; fit_linear has done so, bce and the MLP have not
+    output_bias.sub_(torch.cat(rewards).mean())
 
     tensors = {name: t[name][columns] for name in ("latents", "directions", "mean", "std")}
     tensors |= head.state_dict()
@@ -848,11 +849,12 @@ def train(args, t, record, out):
 
 
 def quantile(values, share):
-    """The value [] below which a share of the values [n] lies, of any number of values."""
+    """The value [] below which a share of the values [n] lies."""
+    # torch.quantile refuses more than 16 million values
     return values.sort().values[min(len(values) - 1, int(share * len(values)))]
 
 
-def train_scores(t, columns):
+def take_train_scores(t, columns):
     """features.safetensors → chosen, rejected [m, 2K'] of the train and dev pairs, standardised.
 
     The sides are taken out of t, one after the other: a million pairs stay within memory.
@@ -860,7 +862,7 @@ def train_scores(t, columns):
     rows = (t["fold"] >= 0).nonzero()                           # [m, 1]
     sides = []
     for name in ("chosen", "rejected"):
-        side = t.pop(name)[rows, columns]
+        side = t.pop(name)[rows, columns]                       # [m, 1] and [2K'] → [m, 2K']
         sides.append(side.sub_(t["mean"][columns]).div_(t["std"][columns]))
     return sides
 
@@ -870,42 +872,52 @@ def choose_linear(args, t, record):
     total = record["k"]
     ks = [int(args.k)] if args.k.isdigit() else k_values(record["search_k"])
     penalties = PENALTIES if args.l2 == "auto" else [args.l2]
-    groups = torch.unique(t["group"][t["fold"] >= 0])
-    if "search_union" in t and len(groups) >= stage2.FEWEST_GROUPS:
-        found = search(t, [min(k, record["search_k"]) for k in ks], penalties, record["settings"],
-                       args.k)
+    if "search_union" in t:
+        # the folds may have fewer latents than --k asks for: search with those, take what was asked
+        tried = [min(k, record["search_k"]) for k in ks]
+        rule = "best" if args.k == "best" else "auto"
+        found = search(t, tried, penalties, record["settings"], rule)
         k = int(args.k) if args.k.isdigit() else found.k
-        losses = {f"{k} {l2:g}": loss for (k, l2), loss in found.losses.items()}
+        # the keys of JSON are texts
+        losses = {f"{of_k} {of_l2:g}": loss for (of_k, of_l2), loss in found.losses.items()}
         return k, found.l2, found.differences, {"search": losses}
 
-    print(f"note: only {len(groups)} prompts to train on: no search, K = "
-          f"{min(LITTLE['k'], total)} and "
-          f"L2 = {LITTLE['l2']} unless you say otherwise")
-    k = ks[0] if args.k.isdigit() else min(LITTLE["k"], total)
-    l2 = LITTLE["l2"] if args.l2 == "auto" else args.l2
+    k = ks[0] if args.k.isdigit() else min(WITHOUT_SEARCH["k"], total)
+    l2 = WITHOUT_SEARCH["l2"] if args.l2 == "auto" else args.l2
+    print(f"note: {why_no_search(t)}: no search, K = {k} and L2 = {l2:g}")
     return k, l2, torch.zeros(0), {"search": {}}
 
 
+def why_no_search(t):
+    """Why stage 2 wrote no tensors for a search → str."""
+    groups = len(torch.unique(t["group"][t["fold"] >= 0]))
+    if groups < stage2.FEWEST_GROUPS:
+        return f"only {groups} prompts to train on, fewer than {stage2.FEWEST_GROUPS}"
+    return "no latent separates the two sides in all five folds"
+
+
 def choose_mlp(args, t, record):
-    """Stop on one fifth with the latents that were selected without it: as many steps on all.
+    """How many steps an MLP takes: trained on four folds, with the latents that were selected
+    without the fifth, it stops on the fifth; train() then takes as many steps on all.
 
     → (K, L2, differences of that fifth, what else to record)
     """
     if "search_union" not in t:
-        raise UserError("too few prompts for an MLP, which stops on a fifth of them · --head mlp · "
-                        f"at least {stage2.FEWEST_GROUPS}, or --head linear")
+        raise UserError(f"{why_no_search(t)}: an MLP cannot stop on one of them · --head mlp · "
+                        "more pairs, or --head linear")
     l2 = MLP_L2 if args.l2 == "auto" else args.l2
     k = int(args.k) if args.k.isdigit() else record["k"]
     train, held = without_fold(t, 0)
     searched = columns_of(min(k, record["search_k"]), record["search_k"])
     train = [side[:, searched] for side in train]
     held = [side[:, searched] for side in held]
-    best = (float("inf"), None)
+    best_loss, kept = float("inf"), None
     for seed in range(args.seeds):
         head, steps, loss = fit_mlp(*train, l2=l2, seed=seed, held=held,
                                     **mlp_settings(record["settings"]))
-        best = min(best, (loss, (seed, steps, head)), key=lambda found: found[0])
-    seed, steps, head = best[1]
+        if kept is None or loss < best_loss:
+            best_loss, kept = loss, (seed, steps, head)
+    seed, steps, head = kept
     differences = head(held[0]) - head(held[1])
     return k, l2, differences, {"steps": steps, "seed_kept": seed, "search": {}}
 
@@ -922,8 +934,10 @@ def report(args, out, seconds, t, meta):
     print(f"head         {meta['settings']['kind']}, loss {meta['settings']['loss']}, "
           f"K = {meta['k']} a side ({2 * meta['k']} directions), L2 {meta['l2']:g}")
     if meta["accuracy_out_of_fold"] is not None:
-        print(f"out of fold  {meta['accuracy_out_of_fold']:.3f} of the train and dev pairs right, "
-              "by heads that had not seen them")
+        which = {"linear": "the train and dev pairs right, by heads that had not seen them",
+                 "mlp": "the pairs of the fold right that training stopped on"}
+        print(f"out of fold  {meta['accuracy_out_of_fold']:.3f} of "
+              f"{which[meta['settings']['kind']]}")
     print(f"parameters   {trained:,} trained, {trained / meta['parameters']:.2e} of the backbone's "
           f"{meta['parameters']:,}")
     print(f"temperature  {float(t['temperature']):.3f}")

@@ -364,7 +364,7 @@ def too_few(pairs):
 
 def fixed_choice(pairs, select, settings, k):
     """As out_of_fold, without a search: where prompts are too few, K and L2 are set."""
-    l2 = stage3.LITTLE["l2"]
+    l2 = stage3.WITHOUT_SEARCH["l2"]
     outcome = Outcome(np.zeros(len(pairs.fold)), [(k, l2)] * pairs.folds)
     for test in range(pairs.folds):
         found = test_fold(pairs, select, test, [(k, l2)], settings)
@@ -398,7 +398,8 @@ def ks_of(data, found):
 def test_method(data, select, ks, others=None, curve=False):
     """out_of_fold with the settings of the head, or without a search on very few prompts."""
     if too_few(data):
-        return fixed_choice(data, select, data.settings, min(stage3.LITTLE["k"], ks[-1] or 1))
+        k = min(stage3.WITHOUT_SEARCH["k"], ks[-1] or 1)
+        return fixed_choice(data, select, data.settings, k)
     rule = data.asked["k"] if data.asked["k"] in ("auto", "best") else "best"
     penalties = stage3.PENALTIES if data.asked["l2"] == "auto" else [data.asked["l2"]]
     return out_of_fold(data, select, ks, data.settings, rule, curve, others, penalties)
@@ -752,7 +753,7 @@ def pairs_curve(data, sizes=(50, 100, 200, 500, 1000)):
             for name, sides in views.items():
                 if not sides[0].shape[1]:
                     continue                        # no latent separates these few pairs
-                fitted = fit_one(View(None), sides, small, None, stage3.LITTLE["l2"],
+                fitted = fit_one(View(None), sides, small, None, stage3.WITHOUT_SEARCH["l2"],
                                  data.settings)
                 differences = fitted.differences([side[held] for side in sides])
                 found[name][held.numpy()] = differences.numpy()

@@ -44,12 +44,13 @@ from parts.export import (
     exported_tokenizer,
     logits_of_folder,
     model_card,
+    save_classifier,
     sequence_classifier,
-    write_folder,
 )
 from parts.files import (
     UserError,
     file_hash,
+    folder_moved_into_place,
     named_in_errors,
     read_meta,
     run_main,
@@ -614,8 +615,8 @@ def best_and_worst(rows, reward, head):
 
 # ---------------------------------------------------------------- export
 
-# what an exported folder is tried on: short and long, a system turn, several turns
-TRIED = [
+# an exported folder is compared with its head on these: short and long, a system turn, more turns
+CHECK_CONVERSATIONS = [
     ("Is water wet?", "Yes."),
     ("Name a colour.", "The sky on a clear day at noon is blue, and the grass below it is green."),
     ([{"role": "system", "content": "Answer in one word."},
@@ -624,9 +625,9 @@ TRIED = [
       {"role": "user", "content": "And on?"}], "4, 5, 6, 7, 8 …"),
     ("Why is the sky dark at night, although there are so many stars in every direction?", "No."),
 ]
-# how far its logits may be from the head's rewards, in their std: a rounding of half precision is
-# 0.06 on the demo model, another model's reward is 1 away
-MOST_APART = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.5}
+# how far the logits may be from the head's rewards, in std of these: half precision rounds by 0.06
+# on the demo model, and the rewards of another model are about 1 away
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.5}
 
 
 def export(args):
@@ -641,52 +642,21 @@ def export(args):
     dtype = getattr(torch, meta["dtype"] if args.dtype == "auto" else args.dtype)
     u, c = reward.vector()
     model = sequence_classifier(reward.backbone, meta["layer"], u, meta["norm_eps"], dtype)
-    rows = model.get_input_embeddings().num_embeddings
-    tokenizer = exported_tokenizer(reward.backbone.tokenizer, rows, meta["max_length"],
+    vocabulary_size = model.get_input_embeddings().num_embeddings
+    tokenizer = exported_tokenizer(reward.backbone.tokenizer, vocabulary_size, meta["max_length"],
                                    meta["model"])
     model.config.pad_token_id = tokenizer.pad_token_id
     card = model_card(facts_of(args, reward, c), tokenizer)
-    apart = write_folder(args.out, model, tokenizer, card, check_of_folder(reward, c, dtype))
-    report_export(args, reward, model, c, apart)
 
-
-def check_of_folder(reward, c, dtype):
-    """→ function of an exported folder: how far its logits are from reward - c, in std of the
-    rewards; it refuses a folder that gives other rewards."""
-    tried = []
-    texts = []
-    for conversation in TRIED:
-        try:                                        # of any length: nothing is cut in the folder
-            texts.append(render(reward.backbone.tokenizer, *conversation))
-            tried.append(conversation)
-        except Unreadable:                          # a template of one turn, for example
-            continue
-    expected = reward.reward_of(reward.read(texts)) - c
-    limit = max(MOST_APART[dtype], MOST_APART[reward.backbone.model.dtype])
-
-    def check(folder):
-        logits = logits_of_folder(folder, tried)
-        apart = float((logits - expected).abs().max() / expected.std())
-        if not apart < limit:                       # nan too
-            raise UserError(f"the exported model gives other rewards ({apart:.1e} of their std "
-                            f"apart) · {reward.meta['model']} in {dtype} · try --dtype float32; "
-                            "if that is refused too, use RewardModel")
-        return apart
-    return check
-
-
-def report_export(args, reward, model, c, apart):
-    """The lines at the end."""
-    whole = reward.meta["parameters"]
-    kept = sum(parameter.numel() for parameter in model.parameters())
-    print(f"\n{type(model).__name__}, {reward.meta['layer'] + 1} of {len(reward.backbone.blocks)} "
-          f"blocks, {kept:,} of {whole:,} parameters ({kept / whole:.0%}), "
-          f"{str(model.dtype).removeprefix('torch.')}")
-    print(f"its logit is reward - c, c = {c:.6g}; on a few texts it was at most {apart:.1e} of the "
-          "rewards' std away")
-    print(f"written {args.out}, how to use it: {Path(args.out) / 'README.md'}")
-    print("\nnext: transformers.AutoModelForSequenceClassification.from_pretrained("
-          f"{str(args.out)!r})")
+    with folder_moved_into_place(args.out) as folder:
+        save_classifier(folder, model, tokenizer, card)
+        distance = distance_from_head(folder, reward, c)
+        limit = max(TOLERANCE[dtype], TOLERANCE[reward.backbone.model.dtype])
+        if not distance < limit:                    # nan too
+            raise UserError(f"the exported model gives other rewards ({distance:.1e} of their std "
+                            f"apart) · {meta['model']} in {dtype} · try --dtype float32; if that "
+                            "is refused too, use RewardModel")
+    report_export(args, reward, model, c, distance)
 
 
 def check_exportable(path, meta):
@@ -701,11 +671,11 @@ def check_exportable(path, meta):
     if wrong:
         raise UserError("a sequence classifier holds a linear head on the last token and z / rms; "
                         f"of this head: {', '.join(wrong)} · {path} · make one beside it: "
-                        f"{' && '.join(commands_for_export(path, meta))}")
+                        f"{how_to_make_one(path, meta)}")
 
 
-def commands_for_export(path, meta):
-    """The commands that make a head for `export` from the activations of this one's run."""
+def how_to_make_one(path, meta):
+    """What to run for a head that `export` takes, from the activations of this one's run → str."""
     folder = Path(path).parent
     runs = [run for run in (folder, folder.parent) if (run / "activations").is_dir()]
     run = runs[0] if runs else "RUN"
@@ -717,35 +687,63 @@ def commands_for_export(path, meta):
          "--token", "last", "--normalise", "rms", "--name", name],
         ["03_train_head.py", "--run", str(run), "--name", name],
     ]
-    lines = [f"python {shlex.join(command)}" for command in commands]
+    text = " && ".join(f"python {shlex.join(command)}" for command in commands)
     if not list(Path(run).glob(f"activations/layer{layer}-last-*")):
-        lines.insert(0, "the command of stage 1 again with --token mean last")
-    return lines
+        text = f"the command of stage 1 again with --token mean last, then {text}"
+    return text
+
+
+def distance_from_head(folder, reward, c):
+    """How far an exported folder's logits are from reward - c, in std of the rewards → float."""
+    conversations = []
+    texts = []
+    for conversation in CHECK_CONVERSATIONS:
+        try:                            # without max_length: the folder cuts nothing either
+            texts.append(render(reward.backbone.tokenizer, *conversation))
+            conversations.append(conversation)
+        except Unreadable:              # a template of one turn, for example
+            continue
+    wanted = reward.reward_of(reward.read(texts)) - c
+    found = logits_of_folder(folder, conversations)
+    return float((found - wanted).abs().max() / wanted.std())
+
+
+def report_export(args, reward, model, c, distance):
+    """The lines at the end."""
+    whole = reward.meta["parameters"]
+    kept = sum(parameter.numel() for parameter in model.parameters())
+    print(f"\n{type(model).__name__}, {reward.meta['layer'] + 1} of {len(reward.backbone.blocks)} "
+          f"blocks, {kept:,} of {whole:,} parameters ({kept / whole:.0%}), "
+          f"{str(model.dtype).removeprefix('torch.')}")
+    print(f"its logit is reward - c, c = {c:.6g}; on a few texts it was at most {distance:.1e} of "
+          "the rewards' std away")
+    print(f"written {args.out}, how to use it: {Path(args.out) / 'README.md'}")
+    print("\nnext: transformers.AutoModelForSequenceClassification.from_pretrained("
+          f"{str(args.out)!r})")
 
 
 LOSSES = {"bt": "Bradley-Terry", "margin": "margin", "bce": "binary cross-entropy"}
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def facts_of(args, reward, c):
     """What the model card says → dict. Names, no paths: the folder is passed on."""
     meta = reward.meta
     name = demo_file() if meta["model"] == "demo" else meta["model"]
-    is_of_hub = HUB_NAME.fullmatch(name) and not Path(name).exists()
+    # what tells the files of a hub's model is its commit
+    is_of_hub = re.fullmatch("[0-9a-f]{40}", str(meta.get("files")))
     revision = f" at {meta['revision']}" if meta["revision"] else ""
     licence = licence_of(name, meta["revision"]) or (licence_of(args.model) if args.model else None)
-    sae = Path(meta["sae"])
     return {
         "backbone": (name if is_of_hub else Path(name).name) + revision,
         "hub_name": name if is_of_hub else None,
         "licence": licence,
         "layer": meta["layer"],
         "blocks": len(reward.backbone.blocks),
-        "sae": meta["sae"] if meta["sae"].startswith("hub:") else sae.name,
+        "sae": meta["sae"] if meta["sae"].startswith("hub:") else Path(meta["sae"]).name,
         "directions": 2 * meta["k"],
         "loss": LOSSES[meta["settings"]["loss"]],
-        "pairs": meta["parent"]["pairs"],
-        "sha": file_hash(args.reward),
+        "pairs_sha256": meta["parent"]["pairs"],
+        "head_sha256": file_hash(args.reward),
         "max_length": meta["max_length"],
         "constant": c,
         "temperature": reward.temperature,
@@ -755,23 +753,33 @@ def facts_of(args, reward, c):
 
 def evaluation_in_words(path, meta):
     """What stage 4 found of this head, or else what training did → {sources, accuracy, verdict}."""
+    found = evaluation_of(path)
+    words = {"sources": "", "accuracy": "not measured",
+             "verdict": "It was not evaluated (stage 4) before it was exported."}
+    if meta["accuracy_out_of_fold"] is not None:
+        words["accuracy"] = (f"{meta['accuracy_out_of_fold']:.3f} of the training pairs, by heads "
+                             "that had not seen them")
+    if found:
+        words["sources"] = ", ".join(found["run"]["sources"]) + ": "
+        words["verdict"] = "\n".join(f"* {sentence}" for sentence in found["verdict"])
+        test = found["test"]
+        if test and test["low"] is not None:
+            words["accuracy"] = (f"{test['accuracy']:.3f} [{test['low']:.3f}, {test['high']:.3f}] "
+                                 f"of {test['n']} test pairs ({test['groups']} prompts; 95 % "
+                                 "interval)")
+    return words
+
+
+def evaluation_of(path):
+    """The evaluation of this head beside it; None: none, damaged, or of another head."""
     try:
         found = json.loads((Path(path).parent / "evaluation.json").read_text("utf-8"))
-        test = found["test"]
-        if found["parent"]["head"] == file_hash(path):
-            return {
-                "sources": ", ".join(found["run"]["sources"]),
-                "accuracy": f"{test['accuracy']:.3f} [{test['low']:.3f}, {test['high']:.3f}] of "
-                            f"{test['n']} test pairs ({test['groups']} prompts; 95 % interval)",
-                "verdict": "\n".join(f"* {sentence}" for sentence in found["verdict"]),
-            }
-    except (OSError, ValueError, KeyError, TypeError):      # none, not whole, or no test pairs
-        pass
-    share = meta["accuracy_out_of_fold"]
-    measured = "not measured" if share is None else (
-        f"{share:.3f} of the training pairs, by heads that had not seen them")
-    return {"sources": "one set", "accuracy": measured,
-            "verdict": "It was not evaluated (stage 4) before it was exported."}
+        parent = found.pop("parent")
+        numbers = stage1.hash_number(json.dumps(found, sort_keys=True))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    whole = parent.get("numbers") == numbers        # as stage 4 sealed it
+    return found if whole and parent.get("head") == file_hash(path) else None
 
 
 # ---------------------------------------------------------------- the stage

@@ -22,11 +22,11 @@ $(VENV)/dev: $(VENV)/ready requirements-dev.txt
 
 demo: venv
 	$(RUN) 01_extract.py --model demo --pairs data/safe.jsonl --layer 16 --run runs/demo-safe
-	$(RUN) 02_select_features.py --run runs/demo-safe --sae $(SAE)
+	$(RUN) 02_select_features.py --run runs/demo-safe --token mean --sae $(SAE)
 	$(RUN) 03_train_head.py --run runs/demo-safe
 	$(RUN) 04_evaluate.py --run runs/demo-safe
 	$(RUN) 01_extract.py --model demo --pairs data/truthful.jsonl --layer 16 --run runs/demo-truthful
-	$(RUN) 02_select_features.py --run runs/demo-truthful --sae $(SAE)
+	$(RUN) 02_select_features.py --run runs/demo-truthful --token mean --sae $(SAE)
 	$(RUN) 03_train_head.py --run runs/demo-truthful
 	$(RUN) 04_evaluate.py --run runs/demo-truthful
 	$(RUN) 05_best_of_n.py sample --prompts data/prompts.jsonl --limit 20 --n 8 --max-new-tokens 48 --reward runs/demo-safe/reward_head.safetensors

@@ -20,14 +20,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import common
 from benchmarks.common import line, stage3
-from parts.export import rendered
+from parts.export import chat_text
 from parts.files import read_json_rows, run_main
 from parts.models import locate_model
 
 
 def texts_of(tokenizer, rows):
     """Rows of pairs.jsonl → rendered texts: chosen, rejected, chosen …"""
-    return [rendered(tokenizer, row["prompt"], row[side]) for row in rows for side in common.SIDES]
+    return [chat_text(tokenizer, row["prompt"], row[side]) for row in rows for side in common.SIDES]
 
 
 def batches_of(tokenizer, texts, size):

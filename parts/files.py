@@ -54,10 +54,14 @@ def moved_into_place(path):
 
 @contextlib.contextmanager
 def folder_moved_into_place(path):
-    """The same for a folder of files, which must not be there yet; `path` names it in errors."""
+    """Gives a temporary folder, moved to `path` at the end; there must be no folder with files yet.
+
+    What a killed process left of the same name goes first (so does a running one's: two that write
+    one folder at a time are not meant).
+    """
     path = Path(path)
-    for left in path.parent.glob(f".{path.name}.*.part"):       # by a killed process
-        shutil.rmtree(left, ignore_errors=True)
+    for abandoned in path.parent.glob(f".{path.name}.{'[0-9a-f]' * 8}.part"):
+        shutil.rmtree(abandoned, ignore_errors=True)
     part = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
     new_folders = [folder for folder in path.parents if not folder.exists()]    # the deepest first
     try:
@@ -67,7 +71,7 @@ def folder_moved_into_place(path):
             os.replace(part, path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):      # not empty: the folder does lie there
             for folder in new_folders:
                 folder.rmdir()
 
@@ -166,11 +170,11 @@ def up_to_date(path, wanted):
 
 def load_stage(path, made_by="an earlier stage", stage=None):
     """→ (tensors, metadata) of a stage file."""
+    before = os.stat(path) if os.path.exists(path) else None
     meta = read_meta(path, made_by, stage)
-    before = os.stat(path)
     tensors = {}
     for name in meta.tensors:
-        with safe_open(path, "pt") as file:         # one at a time: what was mapped is let go of
+        with safe_open(path, "pt") as file:     # opened anew: the pages of the last one are freed
             tensors[name] = file.get_tensor(name).clone()
     if (before.st_ino, before.st_mtime_ns) != (os.stat(path).st_ino, os.stat(path).st_mtime_ns):
         raise UserError(f"replaced while it was read · {path} · run the command again")

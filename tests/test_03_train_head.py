@@ -781,7 +781,7 @@ def test_with_fewer_than_ten_prompts_nothing_is_searched_and_said_so(flags, k, l
     out = succeed("03_train_head", "--run", little, *flags)
     meta = read_meta(little / "reward_head.safetensors")
     assert (meta["k"], meta["l2"], meta["search"]) == (k, l2, {})
-    assert "note: only 9 prompts to train on: no search" in out
+    assert "note: only 9 prompts to train on, fewer than 10: no search" in out
 
 
 def test_without_a_search_there_is_no_accuracy_out_of_fold(little):

@@ -336,7 +336,7 @@ def test_with_fewer_than_20_prompts_nothing_is_searched():
     data = planted_data(z)
     assert stage4.too_few(data)
     outcome = stage4.sparserm(data)
-    assert outcome.choices == [(3, stage3.LITTLE["l2"])] * 5
+    assert outcome.choices == [(3, stage3.WITHOUT_SEARCH["l2"])] * 5
     assert outcome.by_k == {}
     assert not stage4.too_few(planted_data(noise(20)))
 
@@ -347,7 +347,7 @@ def test_without_a_search_each_fold_is_tested_by_a_head_of_the_others():
     outcome = stage4.fixed_choice(pairs, by_mean_difference(pairs), SETTINGS, 2)
     for test in range(5):
         at = (pairs.fold == test).numpy()
-        wanted = naive_fit(pairs, {test}, (2, stage3.LITTLE["l2"]))(pairs)[at]
+        wanted = naive_fit(pairs, {test}, (2, stage3.WITHOUT_SEARCH["l2"]))(pairs)[at]
         np.testing.assert_allclose(outcome.differences[at], wanted, atol=1e-5)
 
 
@@ -755,7 +755,7 @@ def test_fewer_pairs_are_whole_prompts_until_there_are_enough():
 
 
 def test_on_all_pairs_of_the_other_folds_the_dense_head_is_that_of_the_dense_control():
-    data = planted(asked={"k": "auto", "l2": stage3.LITTLE["l2"]})
+    data = planted(asked={"k": "auto", "l2": stage3.WITHOUT_SEARCH["l2"]})
     row = stage4.pairs_curve(data, sizes=())["dense"]["48"]
     wanted = summary(stage4.dense(data).differences, data.group)
     assert {name: row[name] for name in wanted} == wanted

@@ -24,7 +24,7 @@ from transformers import (
 
 import parts.export
 from parts import models
-from parts.files import UserError, file_hash
+from parts.files import UserError
 
 stage1 = importlib.import_module("01_extract")
 stage3 = importlib.import_module("03_train_head")
@@ -146,7 +146,7 @@ def test_padding_on_the_left_and_a_batch_of_one_change_nothing(family, exported)
     assert distance(logits_of(folder, chats, rows=1), right) < 1e-4
 
 
-def test_the_reward_is_the_dot_product_that_design_says(exported):
+def test_the_classifiers_vector_is_the_head_folded(exported):
     head, folder = exported("llama")
     reward = stage3.RewardModel.load(head)
     weight = torch.zeros(tiny.WIDTH, dtype=torch.float64)
@@ -463,7 +463,7 @@ def test_a_head_that_does_not_fit_is_refused_with_commands_that_make_one(select,
 
 def test_where_last_was_not_extracted_stage_1_is_named_first(finished, tmp_path):
     refused = refused_export(finished / HEAD.name, tmp_path / "out")
-    tiny.assert_one_line_error(refused, "stage 1 again with --token mean last && python 02_select")
+    tiny.assert_one_line_error(refused, "stage 1 again with --token mean last, then python 02_")
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "gpt2", "phi"])
@@ -527,9 +527,11 @@ def test_what_a_killed_export_left_goes_with_the_next(exported, tmp_path):
     head, _ = exported("llama")
     (tmp_path / ".out.0123abcd.part").mkdir()
     (tmp_path / ".out.0123abcd.part/model.safetensors").write_text("half")
-    (tmp_path / ".other.0123abcd.part").mkdir()
+    others = {".other.0123abcd.part", ".out.v2.0123abcd.part"}
+    for name in others:
+        (tmp_path / name).mkdir()
     export(head, tmp_path / "out")
-    assert {path.name for path in tmp_path.iterdir()} == {"out", ".other.0123abcd.part"}
+    assert {path.name for path in tmp_path.iterdir()} == {"out", *others}
 
 
 def test_a_place_that_cannot_be_written_is_named_by_its_own_name(exported, tmp_path):
@@ -636,8 +638,11 @@ def test_the_card_tells_no_path_of_a_model_that_was_moved(tmp_path):
 
 def test_a_damaged_evaluation_is_not_told(tmp_path):
     head = make_head(tmp_path, tiny.save_model(tmp_path / "model"))
-    parent = {"head": file_hash(head)}
-    for n, text in enumerate(["[1]", json.dumps({"test": {"low": 0.1}, "parent": parent}), "{"]):
+    tiny.succeed("04_evaluate", "--run", tmp_path / "run", "--name", "export", "--texts", 0)
+    whole = (head.parent / "evaluation.json").read_text()
+    other = json.loads(whole)
+    other["test"]["accuracy"] = 0.99
+    for n, text in enumerate(["[1]", whole[:-9], json.dumps(other)]):
         (head.parent / "evaluation.json").write_text(text)
         folder, _ = export(head, tmp_path / f"out{n}")
         assert "It was not evaluated" in card_of(folder)

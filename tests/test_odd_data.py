@@ -105,7 +105,7 @@ def stages(folder, rows, *stage1_args, family="llama"):
 def test_one_pair_is_trained_on_without_a_search_and_that_is_said(tmp_path):
     code, out, err = stages(tmp_path, tiny.make_pairs(1), "--split", "1,0,0")
     assert code == 0, err
-    assert "note: only 1 prompts to train on: no search" in out
+    assert "note: only 1 prompts to train on, fewer than 10: no search" in out
     head = load_file(tmp_path / "run/reward_head.safetensors")
     assert all(tensor.isfinite().all() for tensor in head.values())
 

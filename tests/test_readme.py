@@ -71,6 +71,7 @@ TABLES = {
     "does_it_hold": ("docs/results.md", "does_it_hold", "tables"),
     "export cost": ("docs/results.md", "does_it_hold", "export_table"),
     "export": ("docs/results.md", "export", "table"),
+    "sizes": ("docs/results.md", "sizes", "table"),
     "claims": ("docs/results.md", "does_it_hold", "claims"),
     "headline": ("benchmarks/README.md", "reward_models", "headline"),
     "align": ("benchmarks/README.md", "align", "table"),
