@@ -114,14 +114,15 @@ def read_meta(path, made_by="an earlier stage", stage=None):
     """
     if Path(path).is_dir():
         raise UserError(f"a folder, where a file of {made_by} is read · {path} · name the file")
-    try:
-        table, tensors = read_header(path)
-    except FileNotFoundError:
-        raise UserError(f"file not found · {path} · run {made_by} first, or name the "
-                        "right folder or file") from None
-    except (SafetensorError, KeyError, ValueError, TypeError, RecursionError):
-        raise UserError(f"not a complete stage file · {path} · "
-                        f"delete it and run {made_by} again") from None
+    with told_where_moved(path):
+        try:
+            table, tensors = read_header(path)
+        except FileNotFoundError:
+            raise UserError(f"file not found · {path} · run {made_by} first, or name the "
+                            "right folder or file") from None
+        except (SafetensorError, KeyError, ValueError, TypeError, RecursionError):
+            raise UserError(f"not a complete stage file · {path} · "
+                            f"delete it and run {made_by} again") from None
     advice = f"{path} · it is damaged or of another version: delete it and run {made_by} again"
     meta = Settings(table, advice, tensors)
     if stage and meta.get("stage") != stage:
@@ -168,16 +169,42 @@ def up_to_date(path, wanted):
     return all(found.get(key) == value for key, value in wanted.items())
 
 
+def state_of(path):
+    """What tells a file from one that was put in its place; None where there is none."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+@contextlib.contextmanager
+def told_where_moved(path):
+    """Another process may move the file while it is opened: torch then says RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "unable to open file" not in str(error):
+            raise
+        raise moved(path) from None
+
+
+def moved(path):
+    """The error of a file that another process has put another one in the place of."""
+    return UserError(f"gone or replaced while it was read · {path} · run the command again")
+
+
 def load_stage(path, made_by="an earlier stage", stage=None):
     """→ (tensors, metadata) of a stage file."""
-    before = os.stat(path) if os.path.exists(path) else None
+    before = state_of(path)
     meta = read_meta(path, made_by, stage)
     tensors = {}
-    for name in meta.tensors:
-        with safe_open(path, "pt") as file:     # opened anew: the pages of the last one are freed
-            tensors[name] = file.get_tensor(name).clone()
-    if (before.st_ino, before.st_mtime_ns) != (os.stat(path).st_ino, os.stat(path).st_mtime_ns):
-        raise UserError(f"replaced while it was read · {path} · run the command again")
+    with told_where_moved(path):
+        for name in meta.tensors:
+            with safe_open(path, "pt") as file:     # opened anew: the last one's pages are freed
+                tensors[name] = file.get_tensor(name).clone()
+    if state_of(path) != before:
+        raise moved(path)
     wrong = wrong_numbers(tensors)
     if wrong:
         raise UserError(f"{wrong} · {meta.advice}")

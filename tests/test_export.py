@@ -1,5 +1,6 @@
 """05_best_of_n.py export: other people's programs read the rewards of the head."""
 
+import argparse
 import copy
 import functools
 import importlib
@@ -14,6 +15,7 @@ import pytest
 import tiny
 import torch
 from test_models import save_vision_model
+from test_templates import BRIEF, FAMILIES, LONG, tokenizer_of
 from tokenizers import Tokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -28,6 +30,7 @@ from parts.files import UserError
 
 stage1 = importlib.import_module("01_extract")
 stage3 = importlib.import_module("03_train_head")
+stage5 = importlib.import_module("05_best_of_n")
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning", "ignore::DeprecationWarning")      # theirs
 NORMED = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"]
@@ -291,6 +294,16 @@ def test_the_saved_template_writes_the_day_of_training(tmp_path):
     assert text.startswith("<|im_start|>system\n26 Jul 2024 26 Jul 2024<|im_end|>\n<|im_start|>u")
     ours = stage1.render(stage1.load_tokenizer(model), "One?", "Two.")
     assert tokenizer(text, add_special_tokens=False)["input_ids"] == ours.ids
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_saved_tokenizer_gives_the_ids_of_training(family, tmp_path):
+    tokenizer = tokenizer_of(family)
+    parts.export.exported_tokenizer(tokenizer, len(tokenizer), 100, "m").save_pretrained(tmp_path)
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    for prompt in ("Is water wet?", LONG, [BRIEF, *LONG], [BRIEF, LONG[0]]):
+        text = parts.export.chat_text(saved, prompt, "Yes, it is.")
+        assert saved(text)["input_ids"] == stage1.render(tokenizer, prompt, "Yes, it is.").ids
 
 
 def test_a_text_that_is_cut_keeps_its_end(exported):
@@ -582,6 +595,17 @@ def test_the_card_says_how_it_was_made(exported):
     assert str(folder.parent) not in card
     found = ModelCard(card).data
     assert found.pipeline_tag == "text-classification" and found.get("license") is None
+
+
+@pytest.mark.parametrize("files, is_named", [("ab" * 20, True), ("ab" * 8, False)])
+def test_the_base_model_is_named_where_it_is_of_the_hub(files, is_named, exported):
+    head, _ = exported("llama")
+    reward = stage3.RewardModel.load(head)
+    reward.meta = {**reward.meta, "model": "org/name", "files": files}      # a commit, or a hash
+    facts = stage5.facts_of(argparse.Namespace(model=None, reward=head), reward, 1.0)
+    card = parts.export.model_card(facts, reward.backbone.tokenizer)
+    assert ("base_model: org/name\n" in card) == is_named
+    assert ("| org/name, up to" in card) == is_named
 
 
 def test_the_card_has_the_test_accuracy_of_stage_4_and_the_licence(tmp_path):

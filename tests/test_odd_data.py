@@ -446,3 +446,54 @@ def test_a_model_with_code_of_its_own_is_refused_and_the_code_not_run(tmp_path, 
     args = ["--model", model, "--pairs", pairs, "--layer", 1, "--run", tmp_path / "run"]
     assert_one_line_error(command("01_extract", *args), model)
     assert not ran.exists()
+
+
+# ---------------------------------------------------------------- two processes, one file
+
+def moving(monkeypatch, path, other):
+    """Another process puts `other` in the place of `path` once a tensor of it has been read."""
+    opened = []
+
+    def open_and_move(name, framework, safe_open=files.safe_open):
+        opened.append(name)
+        if len(opened) == 3:                # the header, the first tensor, then this
+            os.replace(other, path)
+        return safe_open(name, framework)
+    monkeypatch.setattr(files, "safe_open", open_and_move)
+    return opened
+
+
+def test_tensors_of_two_files_are_never_mixed(tmp_path, monkeypatch):
+    old, new = tmp_path / "old.safetensors", tmp_path / "new.safetensors"
+    for path, number in ((old, 1.0), (new, 2.0)):
+        tensors = {name: torch.full((3,), number) for name in ("a", "b", "c")}
+        files.save_stage(path, tensors, {"stage": "other"})
+    opened = moving(monkeypatch, old, new)
+    with pytest.raises(files.UserError, match="replaced while it was read .*old.safetensors"):
+        files.load_stage(old)
+    assert len(opened) == 4
+
+
+def test_a_file_that_goes_while_it_is_opened_is_not_up_to_date(tmp_path, monkeypatch):
+    """What torch says then, which opens a file a second time by its name."""
+    path = tmp_path / "x.safetensors"
+    files.save_stage(path, {"a": torch.zeros(1)}, {"stage": "other"})
+    assert files.up_to_date(path, {"stage": "other"})
+
+    def gone(name, framework):
+        raise RuntimeError(f"unable to open file <{name}> in read-only mode: No such file (2)")
+    monkeypatch.setattr(files, "safe_open", gone)
+    assert not files.up_to_date(path, {"stage": "other"})
+    with pytest.raises(files.UserError, match="gone or replaced"):
+        files.load_stage(path)
+
+
+def test_other_errors_of_torch_are_not_taken_for_that(tmp_path, monkeypatch):
+    path = tmp_path / "x.safetensors"
+    files.save_stage(path, {"a": torch.zeros(1)}, {"stage": "other"})
+
+    def full(name, framework):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    monkeypatch.setattr(files, "safe_open", full)
+    with pytest.raises(RuntimeError, match="allocate"):
+        files.load_stage(path)

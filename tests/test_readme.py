@@ -19,6 +19,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from test_templates import tokenizer_of
 
 from parts import models
 from parts.files import read_meta
@@ -159,12 +160,13 @@ QWEN_SCOPE = "Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50:layer14.sae.pt"
 DEPTH = 18                              # above every layer that a command names
 FULL = {"layer_types": ["full_attention"] * DEPTH}
 ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"] * (DEPTH // 2)}
+# name: family of the model, of its chat template, what its configuration says
 MODELS = {
-    "demo": ("llama", {}),
-    "google/gemma-2-2b-it": ("gemma2", ALTERNATING),
-    "meta-llama/Llama-3.1-8B-Instruct": ("llama", {}),
-    "Qwen/Qwen3-1.7B": ("qwen3", FULL),
-    "HuggingFaceTB/SmolLM2-1.7B-Instruct": ("llama", {}),
+    "demo": ("llama", "SmolLM2", {}),
+    "google/gemma-2-2b-it": ("gemma2", "Gemma-2", ALTERNATING),
+    "meta-llama/Llama-3.1-8B-Instruct": ("llama", "Llama-3", {}),
+    "Qwen/Qwen3-1.7B": ("qwen3", "Qwen3", FULL),
+    "HuggingFaceTB/SmolLM2-1.7B-Instruct": ("llama", "SmolLM2", {}),
 }
 
 # flags that only make a command quicker
@@ -178,9 +180,10 @@ QUICKER = {
 def save_tiny_models(folder):
     """→ {name of a model in the README: folder of a tiny one of its family}."""
     made = {}
-    for name, (family, changes) in MODELS.items():
+    for name, (family, template, changes) in MODELS.items():
         place = folder / name.replace("/", "-")
-        made[name] = tiny.save_model(place, family, num_hidden_layers=DEPTH, **changes)
+        made[name] = tiny.save_model(place, family, tokenizer=tokenizer_of(template),
+                                     num_hidden_layers=DEPTH, **changes)
     return made
 
 
