@@ -142,8 +142,9 @@ RELATIONS = {
 }
 
 
-def table(second, demo):
-    """Figures of both models → markdown: on which sets each relation holds, on which not."""
+def table(second, demo=None):
+    """Figures of both models → markdown: on which sets each relation holds, and accuracies."""
+    demo = demo or common.read_result("does_it_hold")
     names = [name for name in second["mean"] if name in demo["mean"]]
     text = head_line("on how many of the sets", ["the demo model", "Gemma-3-270M"])
     for words, relation in RELATIONS.items():
@@ -153,7 +154,21 @@ def table(second, demo):
             cells.append(f"{len(where)} of {len(names)}"
                          + (f": {', '.join(where)}" if where else ""))
         text += line(words, cells)
-    return text
+
+    text += "\n" + head_line("accuracy, demo model → Gemma-3-270M", names)
+    for reading in ("mean", "last"):
+        for method in ("sparserm", "paper", "dense", "random_directions", "words"):
+            cells = [f"{accuracy(demo, reading, name, method)} → "
+                     f"{accuracy(second, reading, name, method)}" for name in names]
+            text += line(f"{method.replace('_', ' ')}, `{reading}`", cells)
+    variance = [f"{demo['mean'][name]['sae']['explained_variance']:.2f} → "
+                f"{second['mean'][name]['sae']['explained_variance']:.2f}" for name in names]
+    return text + line("variance of the means that the SAE explains", variance)
+
+
+def accuracy(found, reading, name, method):
+    """.817"""
+    return f"{found[reading][name]['accuracy'][method]['accuracy']:.3f}".replace("0.", ".", 1)
 
 
 # ---------------------------------------------------------------- command line
@@ -185,7 +200,7 @@ def main():
         common.run_script("benchmarks/does_it_hold.py", *args.sets, "--model", model, "--sae", sae,
                           "--layer", args.layer, "--out", out / "runs",
                           *(["--write", "--name", "second_model"] if args.write else []))
-    print(table(common.read_result("second_model"), common.read_result("does_it_hold")))
+    print(table(common.read_result("second_model")))
 
 
 if __name__ == "__main__":

@@ -58,6 +58,9 @@ def row(**changes):
              "curves": {"k": {"random_directions": {"8": {"behind": UNCLEAR},
                                                     "32": {"behind": CLEAR}},
                               "picked_directions": {"8": {"behind": UNCLEAR}}}}}
+    methods = ("sparserm", "paper", "dense", "random_directions", "words")
+    found["accuracy"] = {method: {"accuracy": 0.75} for method in methods}
+    found["sae"] = {"explained_variance": 0.5}
     found["differences"] |= changes.pop("differences", {})
     found["curves"]["k"] |= changes
     return found
@@ -86,5 +89,8 @@ def test_the_table_counts_the_sets_that_both_models_have():
     demo = {"mean": {"a": row(), "b": row(differences={"dense": BEHIND}), "c": row()}}
     second = {"mean": {"a": row(differences={"dense": BEHIND}),
                        "b": row(differences={"dense": BEHIND})}}
-    [line] = [line for line in bench.table(second, demo).splitlines() if "dense" in line]
+    demo["last"], second["last"] = demo["mean"], second["mean"]
+    second["last"]["a"]["accuracy"]["words"] = {"accuracy": 0.25}
+    assert "| words, `last` | .750 → .250 | .750 → .750 |" in bench.table(second, demo)
+    [line] = [line for line in bench.table(second, demo).splitlines() if "dense head" in line]
     assert line == "| a dense head on z is clearly ahead | 1 of 2: b | 2 of 2: a, b |"
