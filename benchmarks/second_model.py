@@ -133,6 +133,7 @@ RELATIONS = {
     "SparseRM is clearly above random directions at some K ≤ 16": above_random,
     "random directions picked by the labels are clearly ahead at some K": picked_ahead,
     "random directions are clearly behind at the K chosen": behind("random_directions"),
+    "random directions are clearly ahead at the K chosen": ahead("random_directions"),
     "a dense head on z is clearly ahead": ahead("dense"),
     "the paper's head is clearly ahead of the linear one": ahead("paper"),
     "the SAE's activations are clearly behind the projections": behind("activations"),

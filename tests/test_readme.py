@@ -72,6 +72,7 @@ TABLES = {
     "does_it_hold": ("docs/results.md", "does_it_hold", "tables"),
     "export cost": ("docs/results.md", "does_it_hold", "export_table"),
     "export": ("docs/results.md", "export", "table"),
+    "second model": ("docs/results.md", "second_model", "table"),
     "sizes": ("docs/results.md", "sizes", "table"),
     "claims": ("docs/results.md", "does_it_hold", "claims"),
     "headline": ("benchmarks/README.md", "reward_models", "headline"),
