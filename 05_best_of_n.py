@@ -751,17 +751,23 @@ def facts_of(args, reward, c):
     }
 
 
+VERDICT_IS_OF = ("By five folds over all pairs, which test the way it was made more than this one "
+                 "head (K: directions kept on each side; z: the hidden state; dense head: one that "
+                 "reads all of z):")
+
+
 def evaluation_in_words(path, meta):
     """What stage 4 found of this head, or else what training did → {sources, accuracy, verdict}."""
     found = evaluation_of(path)
     words = {"sources": "", "accuracy": "not measured",
              "verdict": "It was not evaluated (stage 4) before it was exported."}
     if meta["accuracy_out_of_fold"] is not None:
-        words["accuracy"] = (f"{meta['accuracy_out_of_fold']:.3f} of the training pairs, by heads "
-                             "that had not seen them")
+        words["accuracy"] = (f"{meta['accuracy_out_of_fold']:.3f} of the training pairs, "
+                             "cross-validated")
     if found:
         words["sources"] = ", ".join(found["run"]["sources"]) + ": "
-        words["verdict"] = "\n".join(f"* {sentence}" for sentence in found["verdict"])
+        sentences = "\n".join(f"* {sentence}" for sentence in found["verdict"])
+        words["verdict"] = f"{VERDICT_IS_OF}\n\n{sentences}"
         test = found["test"]
         if test and test["low"] is not None:
             words["accuracy"] = (f"{test['accuracy']:.3f} [{test['low']:.3f}, {test['high']:.3f}] "
@@ -881,7 +887,7 @@ def add_pairs_flags(p):
 def add_export_flags(p):
     """The flags of `export`."""
     p.add_argument("--out", required=True,
-                   help="folder to write")
+                   help="new folder to write")
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
                    help="of the weights (default auto: as the head was trained)")
 

@@ -628,7 +628,7 @@ def test_the_accuracy_of_another_head_is_not_told(tmp_path):
     tiny.succeed("04_evaluate", "--run", tmp_path / "run", "--name", "export", "--texts", 0)
     tiny.succeed("03_train_head", "--run", tmp_path / "run", "--name", "export", "--k", 2)
     folder, _ = export(head, tmp_path / "out")
-    assert "by heads that had not seen them" in card_of(folder)
+    assert "of the training pairs, cross-validated" in card_of(folder)
     assert "It was not evaluated" in card_of(folder)
 
 
