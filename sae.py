@@ -163,7 +163,8 @@ def warnings_of(sae, every=None, ended=None):
         found.append(sae.info["warning"])
     model = str(sae.info.get("model") or "")
     if is_base_model(model):
-        found.append(f"trained on {model}, by its name a base model: "
+        name = Path(model).name if os.path.isabs(model) else model      # a report is passed on
+        found.append(f"trained on {name}, by its name a base model: "
                      "on an instruct model look at the explained variance")
 
     fits_every = not every or every["explained_variance"] >= 0.3

@@ -480,6 +480,15 @@ def test_a_base_model_is_told_by_its_name(name, base):
     assert S.is_base_model(name) is base
 
 
+@pytest.mark.parametrize("model, told", [("/home/me/gemma-3-270m.gguf", "on gemma-3-270m.gguf,"),
+                                         ("google/gemma-2-2b", "on google/gemma-2-2b,")])
+def test_a_warning_names_a_local_model_without_its_path(model, told):
+    sae = plain_sae("relu")
+    sae.info["model"] = model
+    [warning] = [text for text in S.warnings_of(sae) if "a base model" in text]
+    assert told in warning
+
+
 def test_only_where_the_decoder_norms_change_something_are_they_said_to_be_folded():
     for activation, settings, folded in (("relu", {}, False), ("topk", {"k": 1}, True)):
         sae = plain_sae(activation, **settings)
