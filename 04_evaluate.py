@@ -1055,13 +1055,20 @@ def sealed(parent, found):
 
 def earlier_evaluation(path, parent):
     """The evaluation that lies there, if it is whole and of the same parents; else None."""
+    found = whole_evaluation(path)
+    return found if found and found["parent"] == sealed(parent, found) else None
+
+
+def whole_evaluation(path):
+    """The evaluation that lies there, if its numbers are those that it was sealed with; else None.
+    """
     try:
         found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):           # none yet, or damaged
         return None
-    if not isinstance(found, dict) or found.get("parent") != sealed(parent, found):
-        return None
-    return found
+    parent = found.get("parent") if isinstance(found, dict) else None
+    is_whole = isinstance(parent, dict) and parent == sealed(parent, found)
+    return found if is_whole else None
 
 
 def parse_args():

@@ -69,7 +69,9 @@ from parts.models import (
 from parts.rows import ACCEPTED, as_written, in_words, read_rows, tell_notes, usable_pairs
 from parts.sampled import HiddenSums, Sampled, score_sampled
 
-stage1, stage3 = (importlib.import_module(name) for name in ("01_extract", "03_train_head"))
+stage1 = importlib.import_module("01_extract")
+stage3 = importlib.import_module("03_train_head")
+stage4 = importlib.import_module("04_evaluate")
 # flags that decide what is sampled
 SAMPLING = ("n", "temperature", "top_p", "max_new_tokens", "seed")
 
@@ -778,14 +780,8 @@ def evaluation_in_words(path, meta):
 
 def evaluation_of(path):
     """The evaluation of this head beside it; None: none, damaged, or of another head."""
-    try:
-        found = json.loads((Path(path).parent / "evaluation.json").read_text("utf-8"))
-        parent = found.pop("parent")
-        numbers = stage1.hash_number(json.dumps(found, sort_keys=True))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    whole = parent.get("numbers") == numbers        # as stage 4 sealed it
-    return found if whole and parent.get("head") == file_hash(path) else None
+    found = stage4.whole_evaluation(Path(path).parent / "evaluation.json")
+    return found if found and found["parent"].get("head") == file_hash(path) else None
 
 
 # ---------------------------------------------------------------- the stage

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from parts.files import UserError, read_json_rows, write_text
+from parts.packing import common_prefix
 from parts.rows import read_rows, usable_pairs
 from parts.statistics import LIMITS, group_weights, says_little
 
@@ -154,6 +155,54 @@ def fit_dense(pairs):
             table[held] = fitted.losses([z[held] for z in pairs.z], pair_loss)
     _, l2 = stage3.choose(losses, pairs.group, "best")
     return stage4.fit_one(view, pairs.z, pairs.used(()), None, l2, settings)
+
+
+# ---------------------------------------------------------------- the limit
+
+def matrices(backbone, layer):
+    """The weight matrices of blocks 0..L."""
+    found = []
+    for block in backbone.blocks[:layer + 1]:
+        found += [parameter for parameter in block.parameters() if parameter.dim() == 2]
+    return found
+
+
+def size_of(tensors):
+    """How many numbers they hold."""
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def least_work(backbone, texts, layer):
+    """→ (distinct tokens, FLOPs): two a weight and token, and attention of each to itself and those
+    before it, nothing twice."""
+    before = []
+    tokens = 0
+    seen = 0                            # couples of a token and one that it attends to
+    for ids in sorted(text.ids for text in texts):
+        shared = common_prefix(before, ids)
+        tokens += len(ids) - shared
+        seen += (len(ids) * (len(ids) + 1) - shared * (shared + 1)) // 2
+        before = ids
+    config = backbone.model.config.get_text_config()
+    head_width = getattr(config, "head_dim", None)
+    head_width = head_width or config.hidden_size // config.num_attention_heads
+    width = config.num_attention_heads * head_width
+    products = 2 * tokens * size_of(matrices(backbone, layer))
+    return tokens, products + 4 * seen * width * (layer + 1)
+
+
+def product_speeds(weights, rows, repeats=3):
+    """FLOPs a second of plain products of `rows` vectors with each matrix, several times → list."""
+    inputs = {weight.shape[1]: torch.randn(rows, weight.shape[1]).to(weight.dtype)
+              for weight in weights}
+
+    def all_products():
+        for weight in weights:
+            torch.nn.functional.linear(inputs[weight.shape[1]], weight)
+
+    work = 2 * rows * size_of(weights)
+    with torch.inference_mode():
+        return [work / timed(all_products)[1] for _ in range(repeats)]
 
 
 # ---------------------------------------------------------------- the language model itself

@@ -40,14 +40,23 @@ from pathlib import Path
 from statistics import median
 
 import torch
-import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import common
-from benchmarks.common import ROOT, head_line, line, peak_mb, stage1, timed
+from benchmarks.common import (
+    ROOT,
+    head_line,
+    least_work,
+    line,
+    matrices,
+    peak_mb,
+    product_speeds,
+    size_of,
+    stage1,
+    timed,
+)
 from parts.files import run_main
 from parts.models import load_tokenizer, locate_model
-from parts.packing import common_prefix
 from parts.rows import read_rows
 
 BATCH = 16              # texts of a peer's forward pass
@@ -200,52 +209,10 @@ def ours(backbone, texts, layer):
 
 # ---------------------------------------------------------------- the limit
 
-def matrices(backbone, layer):
-    """The weight matrices of blocks 0..L."""
-    found = []
-    for block in backbone.blocks[:layer + 1]:
-        found += [parameter for parameter in block.parameters() if parameter.dim() == 2]
-    return found
-
-
-def size_of(tensors):
-    """How many numbers they hold."""
-    return sum(tensor.numel() for tensor in tensors)
-
-
-def least_work(backbone, texts, layer):
-    """→ (distinct tokens, FLOPs): two a weight and token, and attention of each to itself and those
-    before it, nothing twice."""
-    before = []
-    tokens = 0
-    seen = 0                            # couples of a token and one that it attends to
-    for ids in sorted(text.ids for text in texts):
-        shared = common_prefix(before, ids)
-        tokens += len(ids) - shared
-        seen += (len(ids) * (len(ids) + 1) - shared * (shared + 1)) // 2
-        before = ids
-    config = backbone.model.config.get_text_config()
-    head_width = getattr(config, "head_dim", None)
-    head_width = head_width or config.hidden_size // config.num_attention_heads
-    width = config.num_attention_heads * head_width
-    products = 2 * tokens * size_of(matrices(backbone, layer))
-    return tokens, products + 4 * seen * width * (layer + 1)
-
-
-def matmul_speed(backbone, layer, repeats=3):
+def matmul_speed(backbone, layer):
     """FLOPs a second of plain matrix products in the shapes of a full row: every matrix of blocks
     0..L on `budget` vectors."""
-    weights = matrices(backbone, layer)
-    widths = {weight.shape[1] for weight in weights}
-    inputs = {width: torch.randn(backbone.budget, width) for width in widths}
-
-    def all_products():
-        for weight in weights:
-            F.linear(inputs[weight.shape[1]], weight)
-
-    work = 2 * backbone.budget * size_of(weights)
-    with torch.inference_mode():
-        return median(work / timed(all_products)[1] for _ in range(repeats))
+    return median(product_speeds(matrices(backbone, layer), backbone.budget))
 
 
 # ---------------------------------------------------------------- measuring

@@ -169,7 +169,8 @@ def table(second, demo=None):
 
 def accuracy(found, reading, name, method):
     """.817"""
-    return f"{found[reading][name]['accuracy'][method]['accuracy']:.3f}".replace("0.", ".", 1)
+    share = found[reading][name]["accuracy"][method]["accuracy"]
+    return common.without_zeros(f"{share:.3f}")
 
 
 # ---------------------------------------------------------------- command line

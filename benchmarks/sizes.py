@@ -26,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import common
-from benchmarks.common import ROOT, line, stage1, timed
+from benchmarks.common import ROOT, line, stage1
 from parts.files import read_json_rows, run_main
 from parts.models import load_tokenizer
 from sae import SAE
@@ -137,39 +137,18 @@ def arithmetic(model, run, layer, dtype):
     for row in read_json_rows(run / "pairs.jsonl"):
         for side in common.SIDES:
             texts.append(stage1.render(backbone.tokenizer, row["prompt"], row[side]))
-    tokens = len(set().union(*[beginnings(text.ids) for text in texts]))
-    matrices = [weight for weight in backbone.blocks[0].parameters() if weight.dim() == 2]
-    weights = sum(weight.numel() for weight in matrices)
-    flops = 2 * weights * (layer + 1) * tokens / (len(texts) / 2)
+    tokens, _ = common.least_work(backbone, texts, layer)
+    matrices = common.matrices(backbone, 0)                     # the blocks are alike
+    flops = 2 * common.size_of(matrices) * (layer + 1) * tokens / (len(texts) / 2)
     return {
         "parameters": backbone.meta["parameters"],
         "tokens_a_pair": tokens / (len(texts) / 2),
         "flops_a_pair": flops,
-        "product_flops_a_second": product_speed(matrices, backbone.budget),
+        "product_flops_a_second": max(common.product_speeds(matrices, backbone.budget)),
     }
 
 
-def beginnings(ids):
-    """All beginnings of a token sequence: two texts compute those that they share once."""
-    return {hash(tuple(ids[:length])) for length in range(1, len(ids) + 1)}
-
-
-def product_speed(matrices, rows, repeats=3):
-    """FLOPs a second of plain products of `rows` vectors with each matrix, the best of some."""
-    inputs = [torch.randn(rows, weight.shape[1]).to(weight.dtype) for weight in matrices]
-
-    def all_products():
-        for vectors, weight in zip(inputs, matrices):
-            torch.nn.functional.linear(vectors, weight)
-    work = 2 * rows * sum(weight.numel() for weight in matrices)
-    with torch.inference_mode():
-        return max(work / timed(all_products)[1] for _ in range(repeats))
-
-
 # ---------------------------------------------------------------- table
-
-BYTES = {"float32": 4, "bfloat16": 2}
-
 
 def table(found):
     """The figures → markdown: what 1,000 pairs of this length need."""

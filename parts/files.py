@@ -33,23 +33,18 @@ def moved_into_place(path):
     Folders that it had to make go again where nothing came to lie in them.
     """
     path = Path(path)
-    new_folders = [folder for folder in path.parents if not folder.exists()]    # the deepest first
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # a process id would not do: two containers may share it
-    part = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
-    try:
-        with named_in_errors(path):
-            part.touch()
-            # safetensors would leave a file that only its owner can read
-            mode = part.stat().st_mode
-            yield part
-            part.chmod(mode)
-            os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):      # not empty: something does lie there
-            for folder in new_folders:
-                folder.rmdir()
+    part = part_of(path)
+    with parents_made(path):
+        try:
+            with named_in_errors(path):
+                part.touch()
+                # safetensors would leave a file that only its owner can read
+                mode = part.stat().st_mode
+                yield part
+                part.chmod(mode)
+                os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -62,16 +57,31 @@ def folder_moved_into_place(path):
     path = Path(path)
     for abandoned in path.parent.glob(f".{path.name}.{'[0-9a-f]' * 8}.part"):
         shutil.rmtree(abandoned, ignore_errors=True)
-    part = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
-    new_folders = [folder for folder in path.parents if not folder.exists()]    # the deepest first
-    try:
-        with folder_named_in_errors(path):
-            part.mkdir(parents=True)
+    part = part_of(path)
+    with folder_named_in_errors(path), parents_made(path):
+        try:
+            part.mkdir()
             yield part
             os.replace(part, path)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def part_of(path):
+    """The temporary name, beside `path`, of what is moved there."""
+    # a process id would not do: two containers may share it
+    return path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
+
+
+@contextlib.contextmanager
+def parents_made(path):
+    """Make the folders above a path; those that are empty in the end go again."""
+    new_folders = [folder for folder in path.parents if not folder.exists()]    # the deepest first
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
     finally:
-        shutil.rmtree(part, ignore_errors=True)
-        with contextlib.suppress(OSError):      # not empty: the folder does lie there
+        with contextlib.suppress(OSError):      # not empty: something does lie there
             for folder in new_folders:
                 folder.rmdir()
 
