@@ -25,10 +25,18 @@
 The learning rate is the one of --lr with which `none` is best on the policy-free dev pairs
 (implicit reward, first seed). A seed draws the flips, the random filter, the LoRA's start and the
 order of the pairs. Finished runs lie in --out and are not run again.
+
+--rounds 2 goes on with the first seed. Round 1 is DPO on the pairs that `sparserm` keeps; each
+later round is on the policy's own answers: it answers the prompts of its training pairs, --answers
+times each, SparseRM scores them, the best and the worst of a prompt become a pair, and DPO goes on
+from there. After each round the policy is read on the test questions as above, and answers them:
+what does SparseRM say of these answers, what a dense head on z, how many lie outside of what the
+reward model was trained on, how long are they, how many differ?
 """
 
 import gc
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -53,10 +61,12 @@ from benchmarks.common import (
 from parts.files import run_main, write_rows, write_text
 from parts.models import load_tokenizer, locate_model
 from parts.rows import pairs_of_row, read_rows
+from parts.statistics import is_clear
 
 FILTERS = ("none", "sparserm", "random", "length", "dense", "oracle")
 METRICS = {"likelihood": "chosen more likely", "implicit": "implicit reward", "mc1": "MC1"}
-RECORDED = ("noise", "seeds", "batch", "beta", "layer", "bf16")     # settings, into the results
+RECORDED = ("noise", "seeds", "batch", "beta", "layer", "bf16", "answers")   # into the results
+ANSWER_TOKENS = 32          # at most; the answers of TruthfulQA have about nine words
 
 
 # ---------------------------------------------------------------- data
@@ -135,8 +145,11 @@ def kept_by_sparserm(rows, folder, seed):
 
 # ---------------------------------------------------------------- the policy
 
-def align(rows, lr, seed, folder, args):
-    """DPO with a LoRA on `rows`, one epoch → the merged model."""
+def align(rows, lr, seed, folder, args, start=None):
+    """DPO with a LoRA on `rows`, one epoch → the merged model.
+
+    start: folder of the policy to go on from, which is then DPO's reference; None: --model.
+    """
     import datasets
     import peft
     import transformers
@@ -150,7 +163,7 @@ def align(rows, lr, seed, folder, args):
     data = datasets.Dataset.from_list([as_messages(row) for row in rows])
     transformers.set_seed(seed)
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        locate_model(args.model), dtype=torch.float32)
+        start or locate_model(args.model), dtype=torch.float32)
     trainer = trl.DPOTrainer(model=model, args=settings, train_dataset=data, peft_config=lora,
                              processing_class=load_tokenizer(args.model))
     trainer.train()
@@ -307,8 +320,225 @@ def experiment(args):
     lr = float(max(search, key=search.get)) if search else args.lr[0]
     runs = work.runs(lr, base)
     settings = {name: getattr(args, name) for name in RECORDED}
-    return {"lr": lr, "search": search, **settings, "counts": counts,
-            "filters": figures(runs, base, work.test, work.questions)}
+    found = {"lr": lr, "search": search, **settings, "counts": counts,
+             "filters": figures(runs, base, work.test, work.questions)}
+    if args.rounds:
+        found["rounds"] = judge_rounds(work, train_rounds(work, lr), base)
+    return found
+
+
+# ---------------------------------------------------------------- rounds
+
+def train_rounds(work, lr):
+    """The policies of all rounds, each trained from the one before → their folders."""
+    folders = []
+    for number in range(1, work.args.rounds + 1):
+        before = folders[-1] if folders else None
+        folder = work.folder / f"round-{number}"
+        if not folder.exists():
+            rows = own_answers(work, before, number) if before else kept_of_first_seed(work)
+            model, seconds = common.timed(align, rows, lr, 0, work.folder / "trainer", work.args,
+                                          before)
+            save_policy(model, load_tokenizer(work.args.model), folder)
+            print(f"round {number}: {len(rows)} pairs ({seconds:.0f} s)", flush=True)
+        folders.append(folder)
+    return folders
+
+
+def kept_of_first_seed(work):
+    """The pairs of round 1: those that SparseRM keeps."""
+    return kept_by_sparserm(work.noisy(0), work.folder, 0)
+
+
+def own_answers(work, policy, number):
+    """The policy's answers to the prompts of its training pairs → pairs, best against worst."""
+    candidates = sample(work, policy, work.source, f"candidates-{number}")
+    out = work.folder / f"own-{number}.jsonl"
+    common.run_script("05_best_of_n.py", "pairs", "--candidates", candidates, "--plain",
+                      "--reward", work.folder / "reward/reward_head.safetensors", "--out", out)
+    return common.read_json_rows(out)
+
+
+def sample(work, policy, rows, name):
+    """The policy's answers to the prompts of rows, with SparseRM's scores → file."""
+    prompts = work.folder / f"{name}.prompts.jsonl"
+    write_rows(prompts, [{"prompt": prompt} for prompt in dict.fromkeys(r["prompt"] for r in rows)])
+    out = work.folder / f"{name}.jsonl"
+    whose = ["--policy", policy] if policy else []
+    common.run_script("05_best_of_n.py", "sample", "--prompts", prompts, "--n", work.args.answers,
+                      "--max-new-tokens", ANSWER_TOKENS, "--out", out, *whose,
+                      "--reward", work.folder / "reward/reward_head.safetensors")
+    return out
+
+
+def save_policy(model, tokenizer, folder):
+    """A merged model and its tokenizer into a folder, which is there whole or not at all."""
+    part = folder.with_suffix(".part")
+    shutil.rmtree(part, ignore_errors=True)
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    part.rename(folder)
+
+
+def read_answers(work, policy, number):
+    """What the policy answers to the test questions → a row an answer that can be scored:
+    {prompt, reward, dense, outside, words, text}."""
+    asked = [{"prompt": question["prompt"]} for question in work.questions]
+    rows = []
+    for row in common.read_json_rows(sample(work, policy, asked, f"answers-{number}")):
+        columns = zip(row["candidates"], row["scores"], row["outside"])
+        rows += [{"prompt": row["prompt"], "text": text, "reward": score, "outside": outside,
+                  "words": len(text.split())}
+                 for text, score, outside in columns if score is not None]
+    z = work.reward.hidden([row["prompt"] for row in rows], [row["text"] for row in rows])
+    [dense] = common.fit_dense(work.seen).rewards([z])
+    for row, reward in zip(rows, dense.tolist()):
+        row["dense"] = reward
+    return rows
+
+
+OF_ANSWERS = ("reward", "dense", "outside", "words")
+
+
+def judge_rounds(work, folders, base):
+    """The unaligned policy and that of each round → list of {metric: {mean, low, high, and from
+    round 1 on `gain`: the same of what the round changed}, pairs, answers, distinct}."""
+    measured = []
+    for number, folder in enumerate([None, *folders]):
+        policy = base
+        if folder:
+            policy = once(work.folder / f"round-{number}.json",
+                          lambda folder=folder: read_policy(stage1.load_backbone(str(folder)),
+                                                            work.test, work.questions))
+        answers = once(work.folder / f"answers-{number}.read.json",
+                       lambda folder=folder, number=number: read_answers(work, folder, number))
+        measured.append((right(policy, base), answers))
+
+    groups = {"likelihood": [row["question"] for row in work.test],
+              "mc1": [stage1.question_of(question["prompt"]) for question in work.questions]}
+    groups["implicit"] = groups["likelihood"]
+    found = figures_of_rounds(measured, groups)
+    for number, row in enumerate(found):
+        row["pairs"] = trained_on(work, number)
+    return found
+
+
+def trained_on(work, number):
+    """How many pairs a round was trained on."""
+    names = {0: None, 1: "kept-0.jsonl"}
+    name = names.get(number, f"own-{number}.jsonl")
+    return len(common.read_json_rows(work.folder / name)) if name else 0
+
+
+def figures_of_rounds(measured, groups):
+    """[(what a policy gets right, its answers)] → the figures of judge_rounds.
+
+    Both rewards are distances from the unaligned policy's mean, in the std of its answers.
+    """
+    prompts, tables = by_prompt([answers for _, answers in measured])
+    first = measured[0][1]
+    before = {}
+    found = []
+    for number, (correct, answers) in enumerate(measured):
+        columns = {name: (correct[name], groups[name]) for name in METRICS}
+        for name in OF_ANSWERS:
+            columns[name] = (tables[number][name], prompts)
+        row = {}
+        for name, (values, of_group) in columns.items():
+            values = np.asarray(values, float)
+            mean, std = 0.0, 1.0
+            if name in ("reward", "dense"):
+                mean = tables[0][name].mean()
+                std = np.std([answer[name] for answer in first])
+            row[name] = common.mean_interval((values - mean) / std, of_group)
+            if number:
+                row[name]["gain"] = common.gap_interval((values - before[name]) / std, of_group)
+            before[name] = values
+        row["answers"] = len(answers)
+        row["distinct"] = len({answer["text"] for answer in answers}) / len(answers)
+        found.append(row)
+    return found
+
+
+def by_prompt(rounds):
+    """Answers of several policies → (the prompts that all have answers to, for each policy
+    {column: its mean over the answers to each of these prompts})."""
+    means = []
+    for answers in rounds:
+        of_prompt = {}
+        for row in answers:
+            of_prompt.setdefault(row["prompt"], []).append([float(row[name])
+                                                            for name in OF_ANSWERS])
+        means.append({prompt: np.mean(rows, axis=0) for prompt, rows in of_prompt.items()})
+    prompts = [prompt for prompt in means[0] if all(prompt in found for found in means)]
+    tables = []
+    for found in means:
+        values = np.array([found[prompt] for prompt in prompts])            # [prompts, columns]
+        tables.append(dict(zip(OF_ANSWERS, values.T)))
+    return prompts, tables
+
+
+def rounds_table(found):
+    """The figures of the rounds → markdown."""
+    text = head_line("policy", ["pairs of the round", *METRICS.values(), "SparseRM's reward",
+                                "a dense head's", "outside", "words", "distinct answers"])
+    for number, row in enumerate(found["rounds"]):
+        cells = [str(row["pairs"] or "–"), interval(row["likelihood"], "mean"),
+                 interval(row["implicit"], "mean") if number else "–", interval(row["mc1"], "mean")]
+        cells += [common.difference(row[name]) for name in ("reward", "dense")]
+        words = [f"{row['words'][end]:.1f}" for end in ("mean", "low", "high")]
+        cells += [f"{row['outside']['mean']:.1%}", "{} [{}, {}]".format(*words),
+                  f"{row['distinct']:.0%} of {row['answers']}"]
+        text += line(f"after round {number}" if number else "unaligned", cells)
+
+    text += "\n" + head_line("what the round changed", [*METRICS.values(), "SparseRM's reward",
+                                                        "a dense head's", "outside", "words"])
+    for number, row in enumerate(found["rounds"][1:], 1):
+        gains = [row[name]["gain"] for name in (*METRICS, *OF_ANSWERS)]
+        cells = [common.difference(gain) for gain in gains]
+        if number == 1:
+            cells[1] = "–"              # the implicit reward begins with the first round
+        text += line(f"round {number}", cells)
+    return text
+
+
+def claim(found):
+    """What each filter changed, in words → markdown."""
+    kept = found["filters"]["sparserm"]
+    flips = np.mean(found["filters"]["none"]["flipped"])
+    right_ones = np.mean(found["filters"]["none"]["kept"]) - flips
+    caught = 1 - np.mean(kept["flipped"]) / flips
+    lost = 1 - (np.mean(kept["kept"]) - np.mean(kept["flipped"])) / right_ones
+    text = (f"* SparseRM's filter takes out {caught:.0%} of the flipped labels and {lost:.0%} of "
+            "the right ones.\n")
+    for name in ("sparserm", "dense", "oracle", "random", "length"):
+        verdicts = {1: [], 0: [], -1: []}
+        for metric, words in METRICS.items():
+            gap = found["filters"][name][metric]["minus_none"]
+            verdicts[is_clear(gap)].append(words)
+        parts = [f"{what} {', '.join(verdicts[sign])}"
+                 for sign, what in ((1, "clearly better than no filter by"),
+                                    (-1, "clearly worse by"), (0, "no measurable difference by"))
+                 if verdicts[sign]]
+        text += f"* *{name}*: {'; '.join(parts)}.\n"
+    return text
+
+
+def rounds_claim(found):
+    """What each round changed, in words → markdown."""
+    words = METRICS | {"reward": "SparseRM's reward", "dense": "the dense head's reward",
+                       "outside": "share outside", "words": "length"}
+    text = ""
+    for number, row in enumerate(found["rounds"][1:], 1):
+        changes = {1: [], -1: [], 0: []}
+        for name, what in words.items():
+            if (name, number) != ("implicit", 1):
+                changes[is_clear(row[name]["gain"])].append(what)
+        parts = [f"{what}: {', '.join(changes[sign])}"
+                 for sign, what in ((1, "clearly up"), (-1, "clearly down"),
+                                    (0, "no measurable change")) if changes[sign]]
+        text += f"* Round {number}: {'; '.join(parts)}.\n"
+    return text
 
 
 # ---------------------------------------------------------------- figures
@@ -335,7 +565,7 @@ def figures(runs, base, test, questions):
             for other in ("none", "random"):
                 if other != name and other in values:
                     gap = values[name][metric] - values[other][metric]
-                    row[f"minus_{other}"] = common.mean_interval(gap, groups[metric])
+                    row[f"minus_{other}"] = common.gap_interval(gap, groups[metric])
             result[name][metric] = row
     return result
 
@@ -385,6 +615,10 @@ def parse_args():
     p.add_argument("--bf16", action="store_true",
                    help="train in mixed precision; 2.5 times faster on a CPU with AVX-512 BF16")
     p.add_argument("--seeds", type=int, default=3)
+    p.add_argument("--rounds", type=int, default=0,
+                   help="rounds of DPO with the first seed, from the second on with own answers")
+    p.add_argument("--answers", type=int, default=4,
+                   help="rounds: sampled for each prompt")
     p.add_argument("--device", default="cpu")
     p.add_argument("--out", default="runs/align", help="folder of the finished runs")
     p.add_argument("--write", action="store_true", help="into benchmarks/results/align.json")
@@ -403,6 +637,8 @@ def main():
     if args.write:
         common.write_result("align", found)
     print(table(found))
+    if args.rounds:
+        print(rounds_table(found))
 
 
 if __name__ == "__main__":

@@ -198,6 +198,22 @@ def show(found):
     print(f"  scored anew       {found['scored_anew']:.1%}: {found['reasons'] or 'none'}")
 
 
+def claim(found):
+    """The same in a few sentences → markdown."""
+    speeds, shares = found["tokens_a_second"], found["share_of_sampling"]
+    furthest = max(found["difference_in_std"].values())
+    return (f"{found['prompts']} prompts, {found['n']} candidates of at most "
+            f"{found['max_new_tokens']} tokens, {found['batch_rows']} rows at once, "
+            f"{found['threads']} threads: {speeds[SEVERAL]:.0f} tokens/s, "
+            f"{speeds[SEVERAL] / speeds[ONE]:.2f} × one prompt a pass, "
+            f"{speeds[SEVERAL] / speeds[GENERATE]:.2f} × transformers' `generate` "
+            f"({speeds[GENERATE]:.0f} tokens/s). Reading the reward off takes "
+            f"{shares['off the sampling']:.1%} of the sampling time; our packed pass "
+            f"{shares['packed']:.1%}, a padded pass of the whole model {shares['padded']:.1%}; "
+            f"{found['scored_anew']:.1%} of the candidates had to be scored anew (their text "
+            f"tokenises differently); largest difference {furthest:.1e} of the scores' std.\n")
+
+
 def main():
     """The command."""
     p = common.command_line(__doc__)

@@ -168,6 +168,23 @@ def export_table(found):
     return text
 
 
+def export_claim(found):
+    """What the form costs, in words."""
+    lost, gained = [], []
+    for name, row in found["export"].items():
+        before = found["mean"][name]["accuracy"]["sparserm"]["accuracy"]
+        change = row["accuracy"]["sparserm"]["accuracy"] - before
+        if abs(change) >= 0.02:
+            (gained if change > 0 else lost).append(f"{name} ({number(change, True)})")
+    clear = {name: row["differences"]["random_directions"]
+             for name, row in found["export"].items()}
+    ahead = [f"{name}, {gap_cell(gap)}" for name, gap in clear.items() if is_clear(gap) > 0]
+    behind = [f"{name}, {gap_cell(gap)}" for name, gap in clear.items() if is_clear(gap) < 0]
+    return (f"With the reading of `export` SparseRM loses two points or more on {listed(lost)}, "
+            f"gains as much on {listed(gained)}. At the K chosen it is clearly ahead of random "
+            f"directions on {listed(ahead)}, clearly behind them on {listed(behind)}.\n")
+
+
 def tables(found):
     """The figures → markdown."""
     mean = found["mean"]
@@ -182,6 +199,23 @@ def claims(found):
     mean = found["mean"]
     lines = [*claims_about_k(mean), *claims_about_controls(mean), claim_about_blind(mean)]
     return "".join(f"* {text}\n" for text in lines)
+
+
+def finding(found):
+    """The one paragraph of the README: where SparseRM wins, and where it does not."""
+    mean = found["mean"]
+    few = [name for name, row in mean.items()
+           if any(int(k) <= 16 for k in clear_ks(row, "random_directions"))]
+
+    def count(control, sign):
+        number = sum(is_clear(row["differences"][control]) == sign for row in mean.values())
+        return number or "none"
+    return (
+        "With few directions (at some K up to 16 a side) those that the SAE chooses are clearly "
+        f"better than random ones on {len(few)} of {len(mean)} sets. At the K that "
+        f"cross-validation takes, random directions are clearly behind on "
+        f"{count('random_directions', 1)} of them, and a dense head on all of z is clearly ahead "
+        f"on {count('dense', -1)}, clearly behind on {count('dense', 1)}.\n")
 
 
 def listed(names):

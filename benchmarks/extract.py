@@ -346,6 +346,7 @@ SAID = {"hidden_states": "transformers, file order, `output_hidden_states`",
 
 def table(found):
     """Figures of speed() → markdown, a column each workload."""
+    found = found["speed"]
     work = found["workloads"].values()
     repeats = [row["tokens"] / row["distinct_tokens"] for row in work]
     speeds = [row["tokens"] / median(row["seconds"]) for row in work]
@@ -371,6 +372,13 @@ def column_of(workload):
 
 
 # ---------------------------------------------------------------- memory
+
+def memory_claim(found):
+    """Peak memory of stage 1 against the number of pairs → markdown."""
+    shards = found["memory"]["shards_mb"]
+    return (f"Stage 1 on {found['memory']['pairs']:,} pairs and a tiny model: {shards[0]:.0f} MB "
+            f"after the first shard, {shards[-1]:.0f} MB after the last.\n")
+
 
 def synthetic_pairs(path, count):
     """Write `count` pairs of random words, one at a time."""

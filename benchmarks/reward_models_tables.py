@@ -19,7 +19,7 @@ from benchmarks.common import (
     without_zeros,
 )
 from benchmarks.reward_models_peers import pairs_of_run
-from parts.statistics import points
+from parts.statistics import is_clear, points
 
 NAMES = {
     "sparserm": "SparseRM",
@@ -287,4 +287,21 @@ def headline(found):
         cells = [difference(run["methods"][method]["behind"]) if method in run["methods"] else "–"
                  for run in runs.values()]
         text += line(NAMES[method], cells)
+    return text
+
+
+def claim(found):
+    """Where each method is clearly ahead of SparseRM, and where clearly behind → markdown."""
+    last = {name: largest(sizes) for name, sizes in found["sets"].items()}
+    text = ""
+    for method in methods_of(*last.values()):
+        if method == "sparserm":
+            continue
+        of_sign = {1: [], 0: [], -1: []}
+        for name, run in last.items():
+            if method in run["methods"]:
+                of_sign[is_clear(run["methods"][method]["behind"])].append(name)
+        text += (f"* *{NAMES[method]}*: clearly ahead of SparseRM on "
+                 f"{' and '.join(of_sign[-1]) or 'no set'}, clearly behind on "
+                 f"{' and '.join(of_sign[1]) or 'no set'}.\n")
     return text

@@ -451,6 +451,30 @@ def speed(widths, latents, tokens, repeats):
     return rows
 
 
+# ---------------------------------------------------------------- in words
+
+def claim(found):
+    """What was compared and how far apart it was → markdown."""
+    rows = found["parity"]["rows"]
+    compared = [row for row in rows if "f" in row]
+    differ = sum(row["firing"] > 0 for row in compared)
+    same = "the same latents fire in all" if not differ else f"in {differ} other latents fire"
+    missing = [row for row in rows if "not_run" in row]
+    far = max(largest(compared, name) for name in ("f", "reconstruction"))
+    return (f"{len(compared)} cases: {same}, largest relative difference {far:.1e}; "
+            f"{len(missing)} could not be run.\n")
+
+
+def speed_table(found):
+    """Encode speed → markdown."""
+    text = common.head_line("SAE of 16,384 latents, batches of 1,024",
+                            ["times SAELens' speed", "of the plain matrix product"])
+    for row in found["speed"]["rows"]:
+        text += common.line(f"{row['kind']}, d = {row['d']:,}",
+                            [f"{row['ours/sae-lens']:.2f} ×", f"{row['ours/matmul']:.0%}"])
+    return text
+
+
 # ---------------------------------------------------------------- command line
 
 def installed(package):

@@ -63,6 +63,15 @@ def measured(script, *flags):
     return {"seconds": round(found["seconds"], 1), "peak_gib": round(found["peak_gib"], 2)}
 
 
+def table(found):
+    """The figures → markdown."""
+    text = common.head_line("pairs", ["stage 2", "stage 3"])
+    for pairs, stages in found.items():
+        cells = [f"{row['seconds']:.1f} s, {row['peak_gib']:.2f} GiB" for row in stages.values()]
+        text += common.line(f"{int(pairs):,}", cells)
+    return text
+
+
 def main():
     """The command."""
     p = common.command_line(__doc__)

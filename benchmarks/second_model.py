@@ -17,10 +17,13 @@ were compared with benchmarks/sweeps.py layers on train and dev pairs of data/sa
 """
 
 import hashlib
+import json
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+
+from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import common
@@ -167,10 +170,44 @@ def table(second, demo=None):
     return text + line("variance of the means that the SAE explains", variance)
 
 
+def sae_claim(second):
+    """How well the SAE describes what it was not trained on."""
+    held_out = second["sae"]["held_out"]
+    explained = {pool: common.without_zeros(f"{figures['explained_variance']:.3f}")
+                 for pool, figures in held_out.items()}
+    return (f"On held-out conversations it explains {explained['tokens']} of the variance over all "
+            f"tokens, {explained['ends']} at the ends that `last` reads, {explained['means']} of "
+            "the means.\n")
+
+
+def claim(second):
+    """Where random directions stand on the second model, in words."""
+    at_k = {name: row["differences"]["random_directions"] for name, row in second["mean"].items()}
+    at_1 = {name: row["curves"]["k"]["random_directions"]["1"]["behind"]
+            for name, row in second["mean"].items()}
+    sentences = []
+    for where, gaps in (("the K that cross-validation takes", at_k), ("K = 1", at_1)):
+        found = {sign: [f"{name} ({common.difference(gap)})" for name, gap in gaps.items()
+                        if is_clear(gap) == sign] for sign in (1, -1)}
+        sentences.append(f"At {where} SparseRM is clearly ahead of random directions on "
+                         f"{', '.join(found[1]) or 'no set'}, clearly behind them on "
+                         f"{', '.join(found[-1]) or 'no set'}.")
+    return f"On Gemma-3-270M: {' '.join(sentences)}\n"
+
+
 def accuracy(found, reading, name, method):
     """.817"""
     share = found[reading][name]["accuracy"][method]["accuracy"]
     return common.without_zeros(f"{share:.3f}")
+
+
+def add_sae(path):
+    """What the file of the SAE says of its training, into the results."""
+    with safe_open(path, "pt") as file:
+        of_sae = json.loads(file.metadata()["sparserm"])
+    found = common.read_result("second_model")
+    found["sae"] = {name: of_sae[name] for name in ("held_out", "tokens", "k", "layer")}
+    common.write_result("second_model", found, sort_keys=False)
 
 
 # ---------------------------------------------------------------- command line
@@ -202,6 +239,8 @@ def main():
         common.run_script("benchmarks/does_it_hold.py", *args.sets, "--model", model, "--sae", sae,
                           "--layer", args.layer, "--out", out / "runs",
                           *(["--write", "--name", "second_model"] if args.write else []))
+        if args.write:
+            add_sae(sae)
     print(table(common.read_result("second_model")))
 
 

@@ -237,6 +237,57 @@ def test_the_dense_filter_reads_the_policy_s_pairs_as_the_reward_model_does(fini
     assert found == pytest.approx(common.fit_dense(pairs).differences(pairs.z).numpy(), abs=1e-3)
 
 
+def answer(prompt, reward, words=9, text="An answer."):
+    """A row of read_answers."""
+    return {"prompt": prompt, "text": text, "reward": reward, "dense": 2 * reward,
+            "outside": False, "words": words}
+
+
+def policy_of(*wins):
+    """What `right` says of a policy that is right on these pairs, and as often on questions."""
+    wins = np.array(wins, float)
+    return {"likelihood": wins, "implicit": wins, "mc1": wins}
+
+
+def rounds_of(*measured):
+    """align.figures_of_rounds; each pair and question stands for itself."""
+    names = [f"q{n}" for n in range(len(measured[0][0]["mc1"]))]
+    return align.figures_of_rounds(measured, dict.fromkeys(align.METRICS, names))
+
+
+def test_rewards_of_the_rounds_are_in_units_of_the_unaligned_policy_s_answers():
+    before = [answer("q0", 1.0), answer("q0", 3.0), answer("q1", 5.0), answer("q1", 7.0)]
+    after = [answer("q0", 4.0), answer("q1", 10.0)]
+    first, second = rounds_of((policy_of(0, 1), before), (policy_of(1, 1), after))
+    std = np.std([1.0, 3.0, 5.0, 7.0])
+    assert first["reward"]["mean"] == pytest.approx(0)
+    # means of the prompts: 2 and 6 before, 4 and 10 after
+    assert second["reward"]["mean"] == pytest.approx((7 - 4) / std)
+    assert second["reward"]["gain"]["mean"] == pytest.approx(3 / std)
+    assert second["dense"]["mean"] == pytest.approx(3 / std)        # twice the size, in its own std
+    assert second["likelihood"]["gain"]["mean"] == pytest.approx(0.5)
+    assert second["answers"] == 2 and first["distinct"] == 0.25
+
+
+def test_a_prompt_without_an_answer_in_one_round_counts_in_none():
+    before = [answer("q0", 1.0), answer("q1", 5.0)]
+    after = [answer("q1", 6.0)]
+    prompts, tables = align.by_prompt([before, after])
+    assert prompts == ["q1"]
+    assert [table["reward"].tolist() for table in tables] == [[5.0], [6.0]]
+
+
+def test_a_round_in_which_nearly_nothing_changed_is_told_as_such():
+    answers = [answer(f"q{n}", n) for n in range(30)]
+    wins = np.arange(30) % 2
+    found = {"rounds": rounds_of((policy_of(*wins), answers), (policy_of(*wins), answers))}
+    assert found["rounds"][1]["mc1"]["gain"]["low"] is None
+    for row, pairs in zip(found["rounds"], (0, 12)):
+        row["pairs"] = pairs
+    assert "+.000 (cannot tell)" in align.rounds_table(found)
+    assert align.rounds_claim(found).startswith("* Round 1: no measurable change: ")
+
+
 # ---------------------------------------------------------------- rank_answers.py
 
 @pytest.mark.parametrize("scores, labels, wanted", [

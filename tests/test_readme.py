@@ -2,34 +2,22 @@
 those of benchmarks/results."""
 
 import ast
-import contextlib
-import importlib
 import importlib.util
 import inspect
-import io
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file, save_file
-from test_templates import tokenizer_of
+from played import SCRIPTS, bash_of, lines_of_make_demo, play, read, world
+from safetensors.torch import load_file
 
-from parts import models
+from benchmarks import printed
 from parts.files import read_meta
-
-sae = importlib.import_module("sae")
-
-
-def read(name):
-    """The text of a file of the project."""
-    return (tiny.ROOT / name).read_text(encoding="utf-8")
 
 
 def results(name):
@@ -46,21 +34,12 @@ def benchmark(name):
     return module
 
 
-def lines_of(text):
-    """The lines of a shell script, each with its continuations."""
-    return text.replace("\\\n", " ").split("\n")
-
-
 README = read("README.md")
-SCRIPTS = ["01_extract.py", "02_select_features.py", "03_train_head.py", "04_evaluate.py",
-           "05_best_of_n.py", "sae.py"]
-
-BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.S)
-BASH = lines_of("\n".join(text for kind, text in BLOCKS if kind == "bash"))
-PYTHON = [text for kind, text in BLOCKS if kind == "python"]
+BASH = bash_of(README)
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
 
 # three sorts of Python: whole programs, what is handed to TRL, and passages of the scripts
-PROGRAMS = [text for text in PYTHON if text.startswith("import ")]
+PROGRAMS = [text for text in PYTHON if "from sparserm import" in text]
 TRAINERS = [text for text in PYTHON if "your/policy" in text]
 PASSAGES = [text for text in PYTHON if text not in PROGRAMS + TRAINERS]
 
@@ -69,17 +48,30 @@ PASSAGES = [text for text in PYTHON if text not in PROGRAMS + TRAINERS]
 
 # mark in the text: (file, benchmark, its function that writes the text)
 TABLES = {
+    "finding": ("README.md", "does_it_hold", "finding"),
     "does_it_hold": ("docs/results.md", "does_it_hold", "tables"),
     "export cost": ("docs/results.md", "does_it_hold", "export_table"),
     "export": ("docs/results.md", "export", "table"),
+    "export claim": ("docs/results.md", "does_it_hold", "export_claim"),
+    "second model SAE": ("docs/results.md", "second_model", "sae_claim"),
+    "second model claim": ("docs/results.md", "second_model", "claim"),
     "second model": ("docs/results.md", "second_model", "table"),
     "sizes": ("docs/results.md", "sizes", "table"),
     "claims": ("docs/results.md", "does_it_hold", "claims"),
     "headline": ("benchmarks/README.md", "reward_models", "headline"),
+    "reward_models claim": ("benchmarks/README.md", "reward_models_tables", "claim"),
     "align": ("benchmarks/README.md", "align", "table"),
     "reward_models": ("benchmarks/README.md", "reward_models", "table"),
     "extract": ("benchmarks/README.md", "extract", "table"),
     "rank": ("benchmarks/README.md", "rank_answers", "table"),
+    "align claim": ("benchmarks/README.md", "align", "claim"),
+    "rounds": ("benchmarks/README.md", "align", "rounds_table"),
+    "rounds claim": ("benchmarks/README.md", "align", "rounds_claim"),
+    "memory": ("benchmarks/README.md", "extract", "memory_claim"),
+    "best_of_n": ("benchmarks/README.md", "best_of_n", "claim"),
+    "parity": ("benchmarks/README.md", "sae_parity", "claim"),
+    "sae speed": ("benchmarks/README.md", "sae_parity", "speed_table"),
+    "scale": ("benchmarks/README.md", "scale", "table"),
     "quiz": ("docs/results.md", "quiz", "table"),
     "quiz claim": ("docs/results.md", "quiz", "claim"),
     "steer": ("benchmarks/README.md", "steer", "table"),
@@ -91,10 +83,7 @@ def test_a_table_is_the_committed_figures(mark):
     file, name, function = TABLES[mark]
     shown = re.search(rf"<!-- {mark} -->\n(.*?)<!-- end -->", read(file), re.S)[1]
 
-    found = results(name)
-    if name == "extract":
-        found = found["speed"]
-    table = getattr(benchmark(name), function)(found)
+    table = getattr(benchmark(name), function)(results(name.removesuffix("_tables")))
 
     assert shown.strip() == table.strip()
 
@@ -105,8 +94,15 @@ def test_what_the_demo_prints_first_is_the_verdict_of_the_committed_figures():
     assert [line.removeprefix("• ") for line in shown.splitlines()] == verdict
 
 
+def test_what_the_first_program_prints_was_printed_by_it():
+    shown = re.search(r"<!-- printed -->\n```\n(.*?)```\n<!-- end -->", README, re.S)[1]
+    assert shown == results("printed")["readme"]
+    assert results("printed")["readme_code"] == printed.fingerprint_of_program(PYTHON[0])
+
+
 @pytest.mark.parametrize("file", ["README.md", "benchmarks/README.md", "data/README.md",
-                                  "assets/README.md", "docs/results.md", "docs/paper.md"])
+                                  "assets/README.md", "docs/results.md", "docs/paper.md",
+                                  "EXERCISES.md"])
 def test_no_placeholder_is_left(file):
     text = read(file)
     assert not re.findall(r"<!-- \w+ -->\s*<!-- end -->", text)
@@ -152,172 +148,17 @@ def test_every_help_says_what_each_flag_does(helps, command):
 
 # ---------------------------------------------------------------- commands
 
-SAE_FILE = "assets/sae-smollm2-135m-layer16.safetensors"
-GEMMA_SCOPE = "google/gemma-scope-2b-pt-res:layer_13/width_16k/average_l0_84"
-LLAMA_SCOPE = "fnlp/Llama3_1-8B-Base-LXR-8x:Llama3_1-8B-Base-L15R-8x"
-SMOLLM_SAE = "EleutherAI/sae-SmolLM2-1.7B-layer17-32x"
-QWEN_SCOPE = "Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50:layer14.sae.pt"
-
-DEPTH = 18                              # above every layer that a command names
-FULL = {"layer_types": ["full_attention"] * DEPTH}
-ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"] * (DEPTH // 2)}
-# name: family of the model, of its chat template, what its configuration says
-MODELS = {
-    "demo": ("llama", "SmolLM2", {}),
-    "google/gemma-2-2b-it": ("gemma2", "Gemma-2", ALTERNATING),
-    "meta-llama/Llama-3.1-8B-Instruct": ("llama", "Llama-3", {}),
-    "Qwen/Qwen3-1.7B": ("qwen3", "Qwen3", FULL),
-    "HuggingFaceTB/SmolLM2-1.7B-Instruct": ("llama", "SmolLM2", {}),
-}
-
-# flags that only make a command quicker
-QUICKER = {
-    "tools.train_sae": ["--tokens", 600, "--batch", 64],
-    "sample": ["--max-new-tokens", 3],
-    "04_evaluate.py": ["--sweeps", "none"],
-}
-
-
-def save_tiny_models(folder):
-    """→ {name of a model in the README: folder of a tiny one of its family}."""
-    made = {}
-    for name, (family, template, changes) in MODELS.items():
-        place = folder / name.replace("/", "-")
-        made[name] = tiny.save_model(place, family, tokenizer=tokenizer_of(template),
-                                     num_hidden_layers=DEPTH, **changes)
-    return made
-
-
-def save_tiny_data(folder):
-    """The files that the commands read, under their names."""
-    (folder / "data").mkdir()
-    (folder / "assets").mkdir()
-
-    for name in ("data/truthful.jsonl", "data/safe.jsonl", "my.jsonl", "my-pairs.jsonl",
-                 "corpus.jsonl"):
-        tiny.save_pairs(folder / name, 40)
-
-    question = {"prompt": "Is water wet?"}
-    answered = question | {"candidates": ["Yes.", "No, ten."]}
-    tiny.save_rows(folder / "data/prompts.jsonl", [question])
-    tiny.save_rows(folder / "my-candidates.jsonl", [answered])
-
-    tiny.save_sae(folder / SAE_FILE, 16, "demo")
-
-
-def save_tiny_hub(folder):
-    """SAEs in the layouts of the hub, for tiny models → {hub name: local folder or file}."""
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.nn.functional.normalize(torch.randn(64, tiny.WIDTH, generator=generator), dim=1)
-    columns = rows.T.contiguous()
-    zero = torch.zeros(tiny.WIDTH)
-    wide = torch.zeros(64)
-
-    gemma = folder / "layer_13/width_16k/average_l0_84"
-    gemma.mkdir(parents=True)
-    np.savez(gemma / "params.npz", W_enc=columns.numpy(), W_dec=rows.numpy(), b_enc=wide.numpy(),
-             b_dec=zero.numpy(), threshold=wide.numpy() + 0.1)
-
-    llama = folder / "Llama3_1-8B-Base-L15R-8x"
-    (llama / "checkpoints").mkdir(parents=True)
-    save_file({"encoder.weight": rows, "encoder.bias": wide, "decoder.weight": columns,
-               "decoder.bias": zero}, llama / "checkpoints/final.safetensors")
-    (llama / "hyperparams.json").write_text(json.dumps({
-        "act_fn": "jumprelu", "jump_relu_threshold": 0.1, "norm_activation": "dataset-wise",
-        "hook_point_in": "blocks.15.hook_resid_post",
-        "dataset_average_activation_norm": {"in": 5.0, "out": 5.0}}))
-
-    qwen = folder / "L0_50"
-    qwen.mkdir(parents=True)
-    torch.save({"W_enc": rows, "W_dec": columns, "b_enc": wide, "b_dec": zero},
-               qwen / "layer14.sae.pt")
-
-    smollm = folder / "sae-SmolLM2-1.7B-layer17-32x"
-    smollm.mkdir()
-    save_file({"encoder.weight": rows, "encoder.bias": wide, "W_dec": rows.clone(), "b_dec": zero},
-              smollm / "sae.safetensors")
-    (smollm / "cfg.json").write_text(json.dumps({"activation": "topk", "expansion_factor": 2,
-                                                 "k": 32, "d_in": tiny.WIDTH, "num_latents": 0,
-                                                 "normalize_decoder": True, "multi_topk": False,
-                                                 "skip_connection": False}))
-
-    return {GEMMA_SCOPE: gemma, LLAMA_SCOPE: llama, QWEN_SCOPE: qwen / "layer14.sae.pt",
-            SMOLLM_SAE: smollm}
-
-
-def lines_of_make_demo():
-    """What `make demo` runs, as commands of a user."""
-    recipe = re.search(r"^demo: .*\n((?:\t.*\n)+)", read("Makefile"), re.M)[1]
-    return recipe.replace("$(RUN)", "python").replace("$(SAE)", SAE_FILE).split("\n")
-
-
-def run_sae(*args):
-    """`python sae.py …` → (exit code, stderr). tiny.command would run a second copy of the module,
-    in which nothing is patched."""
-    err = io.StringIO()
-    with tiny.argv(*args), contextlib.redirect_stderr(err):
-        try:
-            sae.main()
-            code = 0
-        except sae.SAEError as error:
-            print(f"error: {error}", file=err)
-            code = 2
-        except SystemExit as stop:
-            code = stop.code or 0
-    return code, err.getvalue()
-
-
-def run_words(words):
-    """The words of a command after `python` → (exit code, stderr)."""
-    if words[0] == "-m":
-        words = words[1:]
-
-    quicker = []
-    for word in words[:2]:
-        quicker += QUICKER.get(word, [])
-
-    script, *flags = words
-    if script == "sae.py":
-        return run_sae(*flags, *quicker)
-
-    path = script.removesuffix(".py").replace("tools.", "tools/")
-    code, _, err = tiny.command(path, *flags, *quicker)
-    return code, err
-
-
 @pytest.fixture(scope="module")
 def played(tmp_path_factory):
-    """The commands of `make demo` and then those of the README, in order, in a folder of tiny files
-    under the same names, with tiny models of the same families behind the same names → (folder,
-    [(command, exit code, stderr)])."""
+    """The commands of `make demo`, then those of the README and of docs/ → (folder, [(command, exit
+    code, stderr)])."""
     folder = tmp_path_factory.mktemp("readme")
-    model_of = save_tiny_models(folder)
-    sae_of = save_tiny_hub(folder / "hub")
-    save_tiny_data(folder)
-
-    def locate_model(name):
-        return model_of.get(name, name)
-
-    def fetch(name, revision=None):
-        if name not in sae_of:
-            raise sae.SAEError(f"not on the hub · {name}")
-        return str(sae_of[name])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(models, "locate_model", locate_model)
-        patch.setattr(sae, "fetch", fetch)
-
-        found = []
-        for line in [*lines_of_make_demo(), *BASH]:
-            words = shlex.split(line, comments=True)
-            if words[:1] == ["python"] and words[1] in [*SCRIPTS, "-m"]:
-                found.append((line, *run_words(words[1:])))
-
-        yield folder, found
+    of_docs = [line for name in ("results", "formats") for line in bash_of(read(f"docs/{name}.md"))]
+    with world(folder):
+        yield folder, play([*lines_of_make_demo(), *BASH, *of_docs])
 
 
-def test_every_command_of_the_readme_runs_as_it_stands(played):
+def test_every_command_of_the_readme_and_the_docs_runs_as_it_stands(played):
     _, found = played
     assert len(found) > 24
 
@@ -343,10 +184,23 @@ def test_every_target_of_make_that_is_named_exists():
     assert set(re.findall(r"`make ([\w-]+)`", README)) <= targets
 
 
-def test_every_flag_of_a_benchmark_that_is_named_is_one_of_its_script():
-    for script, rest in re.findall(r"`(?:python )?(benchmarks/\w+\.py)((?:\s[^`]*)?)`", README):
-        source = read(script)
-        for flag in re.findall(r"--[\w-]+", rest):
+def benchmarks_named_in(text):
+    """Commands of a benchmark, in backticks or in a block → [(script, the rest)]."""
+    text = text.replace("\\\n", " ")
+    found = re.findall(r"`(?:[\w./-]*python )?((?:benchmarks/)?\w+\.py)\b((?:\s[^`]*)?)`", text)
+    found += re.findall(r"^python (benchmarks/\w+\.py)(.*)$", text, re.M)
+    named = [(script if "/" in script else f"benchmarks/{script}", rest) for script, rest in found]
+    return [(script, rest) for script, rest in named if (tiny.ROOT / script).is_file()]
+
+
+@pytest.mark.parametrize("file", ["README.md", "EXERCISES.md", "docs/results.md",
+                                  "benchmarks/README.md"])
+def test_every_flag_of_a_benchmark_that_is_named_is_one_of_its_script(file):
+    named = benchmarks_named_in(read(file))
+    assert named or file == "README.md"
+    for script, rest in named:
+        source = read(script) + read("benchmarks/does_it_hold.py" if "second" in script else script)
+        for flag in re.findall(r"(?<!\w)--[\w-]+", rest):
             assert f'"{flag}"' in source, (script, flag)
 
 
@@ -442,13 +296,40 @@ def test_every_link_within_the_readme_leads_to_a_heading():
 
 # ---------------------------------------------------------------- figures in the prose
 
-def test_the_prose_of_the_readme_holds_no_figure_of_a_result():
-    """Figures stand in blocks that are made from results, or in docs/."""
-    prose = re.sub(r"<!-- (\w+) -->.*?<!-- end -->|```.*?```", "", README, flags=re.S)
-    prose = re.sub(r"`[^`]*`", "", " ".join(prose.split()))
-    for name in ("arXiv 2511.07896", "Python 3.11", "Apache-2.0"):
-        prose = prose.replace(name, "")
-    assert not re.findall(r"(?:\w+ ){0,4}(?<!\w)[-−+]?(?:\d*\.\d+|\d+ %)", prose)
+# results stand between marks, made from committed figures; what may stand in the prose are settings
+# and facts: versions, tolerances, names, what the paper says
+MAY_STAND = {
+    "README.md": "2511.07896 3.11 540MB 95% 1,000 16,384",
+    "EXERCISES.md": "30minutes 99.9% 30%",
+    "docs/results.md": "0.01 95% 5,120",
+    "docs/formats.md": "0.001 0.5 0.22 1,024",
+    "docs/paper.md": ("2508.08746 2507.00665 2505.12225 0.001 0.01 80% 1,000 3,584 4,608 "
+                      "94.4 90.2 93.6 93.0 88.0 90.7 92.4 88.4 91.4 94.0 88.7 85.7 83.1 86.3 94.7 "
+                      "78.7 79.9"),
+    "benchmarks/README.md": "2.13.0 30% .1 0.2 0.5 5.5 10s 25points 20hours 1,000 4,608",
+}
+MARKED = re.compile(r"<!-- ([\w ]+) -->.*?<!-- end -->|```.*?```|^\*\*Expect\.\*\*.*?\n\n|`[^`]*`",
+                    re.S | re.M)
+FIGURE = re.compile(r"(?<![\w.,-])(\d*\.\d+(?:\.\d+)*(?: %)?|\d+ (?:%|s\b|×|tokens/s|GiB|MB|minutes"
+                    r"|hours|points)|\d+,\d{3})")
+
+
+def figures_in(text):
+    """The decimals, shares, times and large counts of a text outside of marks and code."""
+    prose = " ".join(MARKED.sub(" ", text).split())
+    return {figure.replace(" ", "").removesuffix("%") for figure in FIGURE.findall(prose)}
+
+
+@pytest.mark.parametrize("file", MAY_STAND)
+def test_the_prose_holds_no_figure_of_a_result(file):
+    may = {figure.removesuffix("%") for figure in MAY_STAND[file].split()}
+    assert figures_in(read(file)) == may
+
+
+def test_a_figure_in_the_prose_is_found_and_one_between_marks_is_not():
+    text = ("It is right in .898 of the pairs, 12 % more, in 35 s.\n"
+            "<!-- a b -->\n.5\n<!-- end -->\n`--l2 0.1`, K = 128, Apache-2.0")
+    assert figures_in(text) == {".898", "12", "35s"}
 
 
 def test_the_readme_is_read_in_one_sitting():
