@@ -83,7 +83,7 @@ def accuracy_table(found):
     ours = [row["accuracy"]["sparserm"] for row in found.values()]
     text = head_line("accuracy, strict", found)
     text += line("pairs / prompts", [f"{row['n']} / {row['groups']}" for row in ours])
-    text += line("K in the five folds", [ks_of(row) for row in ours])
+    text += line("K in the five folds", [report.ks_of(row) for row in ours])
     for name in METHODS:
         cells = []
         for row in found.values():
@@ -97,12 +97,6 @@ def accuracy_cell(row):
     """.794 [.736, .847], and the share of ties where it is not small."""
     ties = f", {row['ties']:.0%} ties" if row["ties"] > 0.005 else ""
     return f"{number(row['accuracy'])} [{number(row['low'])}, {number(row['high'])}]{ties}"
-
-
-def ks_of(row):
-    """The values of K that the folds chose: 16 to 64."""
-    ks = sorted({choice[0] for choice in row["choices"]})
-    return str(ks[0]) if len(ks) == 1 else f"{ks[0]} to {ks[-1]}"
 
 
 def gap_cell(row):
@@ -203,19 +197,29 @@ def claims(found):
 
 def finding(found):
     """The one paragraph of the README: where SparseRM wins, and where it does not."""
-    mean = found["mean"]
-    few = [name for name, row in mean.items()
-           if any(int(k) <= 16 for k in clear_ks(row, "random_directions"))]
+    mean = found["mean"].values()
 
-    def count(control, sign):
-        number = sum(is_clear(row["differences"][control]) == sign for row in mean.values())
-        return number or "none"
+    def sets(condition):
+        return sum(map(condition, mean)) or "none"
+
+    def few(row):
+        return any(int(k) <= 16 for k in clear_ks(row, "random_directions"))
+
+    def picked(row, sign):
+        return bool(clear_ks(row, "picked_directions", sign))
+
+    def at_chosen_k(row, control, sign):
+        return is_clear(row["differences"][control]) == sign
     return (
-        "With few directions (at some K up to 16 a side) those that the SAE chooses are clearly "
-        f"better than random ones on {len(few)} of {len(mean)} sets. At the K that "
-        f"cross-validation takes, random directions are clearly behind on "
-        f"{count('random_directions', 1)} of them, and a dense head on all of z is clearly ahead "
-        f"on {count('dense', -1)}, clearly behind on {count('dense', 1)}.\n")
+        "When directions are few, those that the SAE chooses are clearly better than as many "
+        f"random ones: at some K up to 16 a side, on {sets(few)} of {len(mean)} sets. Random "
+        "directions that were themselves picked by the labels are clearly worse at some K on "
+        f"{sets(lambda row: picked(row, 1))} of these sets, and clearly better at some K on "
+        f"{sets(lambda row: picked(row, -1))}. At the K that cross-validation takes, SparseRM "
+        "clearly beats random directions on "
+        f"{sets(lambda row: at_chosen_k(row, 'random_directions', 1))}, and a dense head (linear, "
+        f"on all of z) on {sets(lambda row: at_chosen_k(row, 'dense', 1))}; the dense head clearly "
+        f"beats SparseRM on {sets(lambda row: at_chosen_k(row, 'dense', -1))}.\n")
 
 
 def listed(names):
@@ -228,10 +232,9 @@ def listed(names):
     return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def clear_ks(row, control):
-    """The values of K at which SparseRM is clearly above a control."""
-    curve = row["curves"]["k"].get(control, {})
-    return [k for k in KS if k in curve and is_clear(curve[k]["behind"]) > 0]
+def clear_ks(row, control, sign=1):
+    """The values of K at which SparseRM is clearly above a control (sign -1: below)."""
+    return report.clear_ks(row["curves"]["k"].get(control, {}), sign)
 
 
 def claims_about_k(mean):
@@ -243,9 +246,7 @@ def claims_about_k(mean):
            f"above random directions on {len(some)} of {len(mean)} sets. All K where it is: "
            f"{listed(parts)}.")
     at_most = [name for name, row in mean.items() if clear_ks(row, "picked_directions")]
-    behind = [name for name, row in mean.items()
-              if any(is_clear(cell["behind"]) < 0
-                     for cell in row["curves"]["k"].get("picked_directions", {}).values())]
+    behind = [name for name, row in mean.items() if clear_ks(row, "picked_directions", -1)]
     yield ("**Random directions that may choose are a strong control.** Picked by the labels out "
            f"of 16,384, they are clearly behind SparseRM at some K on {listed(at_most)}, and "
            f"clearly ahead at some K on {listed(behind)}. What the SAE adds for sure is a name.")

@@ -50,6 +50,11 @@ def fingerprint(text):
     return hashlib.sha256(repr(blocks_of(text)).encode()).hexdigest()[:16]
 
 
+def fingerprint_of_program(program):
+    """As fingerprint, of one program."""
+    return fingerprint(f"```python\n{program}```")
+
+
 # ---------------------------------------------------------------- running them
 
 def lines_of(kind, block):
@@ -101,11 +106,6 @@ def main():
         print(f"{number}: {figures}")
     if args.write:
         common.write_result("printed", found, sort_keys=False)
-
-
-def fingerprint_of_program(program):
-    """As fingerprint, of one program."""
-    return fingerprint(f"```python\n{program}```")
 
 
 if __name__ == "__main__":

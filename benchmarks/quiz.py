@@ -56,6 +56,16 @@ def table(found):
     return text
 
 
+def held_names(found, name="safe"):
+    """The names of a set that held, and the random directions → markdown."""
+    saved = found[name]
+    text = head_line("latent", ["name", "tasks right"])
+    for row in sorted(saved["names"], key=lambda row: -row["right"]):
+        if holds(row, saved["null"]):
+            text += line(str(row["index"]), [row["description"], score(row)])
+    return text + line("random directions", ["", score(saved["null"])])
+
+
 def claim(found):
     """One sentence on all sets."""
     parts = []

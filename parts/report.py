@@ -178,67 +178,83 @@ def verdict(result):
         found.append(f"{result['repeated_answers']:.0%} of the answers stand under several "
                      "prompts: who knows them by heart is right.")
     if is_clear(differences["shuffled_labels"]) <= 0 and not easy:
-        found.append("Nothing to learn here: the method is not measurably better than with "
+        found.append("Nothing to learn here: the method is not clearly better than with "
                      "shuffled labels.")
         return found
     found.append(f"SparseRM ranks {ours['accuracy']:.3f} of the pairs right "
-                 f"[{ours['low']:.3f}, {ours['high']:.3f}].")
+                 f"[{ours['low']:.3f}, {ours['high']:.3f}], with {ks_of(ours)} directions a side.")
     found += few_directions(result["curves"].get("k"))
     found += what_helps(differences)
     if "blind" in accuracy and accuracy["blind"]["ties_half"] > 0.65:
-        found.append(f"The answer without its question gives {accuracy['blind']['ties_half']:.2f} "
-                     "away (on facts that is no fault).")
+        found.append(f"The answer without its question gives {accuracy['blind']['ties_half']:.2f}: "
+                     "a fault where conduct is judged, none where facts are.")
     return found
 
 
+def ks_of(row):
+    """The values of K that the folds chose: 16 to 64."""
+    ks = sorted({choice[0] for choice in row["choices"]})
+    return str(ks[0]) if len(ks) == 1 else f"{ks[0]} to {ks[-1]}"
+
+
 def few_directions(curve):
-    """Where with few directions the SAE's choice shows → a sentence, or none without a K curve."""
-    rows = (curve or {}).get("random_directions", {})
-    clear = [k for k in sorted(rows, key=int) if is_clear(rows[k]["behind"]) > 0]
-    if not rows:
+    """With how many directions the SAE's choice shows, and against which random ones → sentences,
+    none without a K curve."""
+    if not curve or not curve.get("random_directions"):
         return []
-    if not clear:
-        return ["At no K the SAE's choice is measurably better than random directions."]
-    return [f"With K = {', '.join(clear)} directions a side the SAE's choice is clearly better "
-            "than random directions."]
+    clear = clear_ks(curve["random_directions"], 1)
+    found = ["At no K the SAE's choice is clearly better than random directions."]
+    if clear:
+        found = [f"With K = {', '.join(clear)} directions a side the SAE's choice is clearly "
+                 "better than random directions."]
+    picked = clear_ks(curve.get("picked_directions", {}), -1)
+    if picked:
+        found.append(f"With K = {', '.join(picked)} random directions picked by the labels are "
+                     "clearly better than the SAE's.")
+    return found
+
+
+def clear_ks(rows, sign):
+    """The values of K at which SparseRM minus a control is clear of 0, above (1) or below (-1)."""
+    return [k for k in sorted(rows, key=int) if is_clear(rows[k]["behind"]) == sign]
 
 
 # control: (SparseRM is clearly better, no measurable difference, the control is clearly better)
 QUESTIONS = {
     "random_directions": (
-        "the SAE's choice helps over random directions",
-        "no measurable difference to random directions at the K that was chosen",
-        "random directions are measurably better"),
+        "At the K chosen: clearly better than random directions",
+        "At the K chosen: no measurable difference to random directions",
+        "At the K chosen: random directions are clearly better"),
     "picked_directions": (
-        "it helps also over random directions picked by the labels",
-        "random directions picked by the labels do as well: the SAE adds a name for each direction",
-        "random directions picked by the labels are measurably better: the SAE adds a name"),
+        "Clearly better than random directions picked by the labels",
+        "No measurable difference to random directions picked by the labels",
+        "Random directions picked by the labels are clearly better"),
     "activations": (
-        "projecting z is better than reading the SAE's activations",
-        "the SAE's activations do as well as the projections",
-        "the SAE's activations are measurably better than the projections"),
+        "Projecting z is clearly better than reading the SAE's activations",
+        "No measurable difference between projecting z and reading the SAE's activations",
+        "The SAE's activations are clearly better than the projections"),
     "words": (
-        "it reads more than the wording",
-        "the wording alone does as well",
-        "the wording alone is measurably better"),
+        "Clearly better than the wording alone, 1- and 2-grams",
+        "No measurable difference to the wording alone, 1- and 2-grams",
+        "The wording alone, 1- and 2-grams, is clearly better"),
     "dense": (
-        "it beats a dense head on all of z",
-        "a dense head on all of z does as well",
-        "a dense head on all of z is measurably better"),
+        "Clearly better than a dense head, linear on all of z",
+        "No measurable difference to a dense head, linear on all of z",
+        "A dense head, linear on all of z, is clearly better"),
     "paper": (
-        "it beats the paper's own head, an MLP",
-        "the paper's own head, an MLP, does as well",
-        "the paper's own head, an MLP, is measurably better"),
+        "Clearly better than the paper's own head, an MLP",
+        "No measurable difference to the paper's own head, an MLP",
+        "The paper's own head, an MLP, is clearly better"),
 }
 
 
 def what_helps(differences):
-    """A sentence on each control that asks a question, by the sign of the difference."""
+    """A sentence on each control that asks a question, by the sign of SparseRM minus it."""
     found = []
     for name, (better, level, worse) in QUESTIONS.items():
         row = differences[name]
         text = {1: better, 0: level, -1: worse}[is_clear(row)]
-        found.append(f"{text[0].upper()}{text[1:]} ({difference_text(row)}).")
+        found.append(f"{text} ({difference_text(row)}).")
     return found
 
 
@@ -275,8 +291,7 @@ def print_k_curve(curve):
             cells = [f"{curve[name][k]['ties_half']:>7.3f}" if k in curve[name] else " " * 7
                      for k in ks]
             print(f"  {name:<21}" + "".join(cells))
-    random = curve.get("random_directions", {})
-    clear = [k for k in ks if k in random and is_clear(random[k]["behind"]) > 0]
+    clear = clear_ks(curve.get("random_directions", {}), 1)
     if clear:
         print(f"  clearly above random directions at K = {', '.join(clear)} (each K by itself)")
     else:

@@ -17,6 +17,7 @@ from played import SCRIPTS, bash_of, lines_of_make_demo, play, read, world
 from safetensors.torch import load_file
 
 from benchmarks import printed
+from parts import report
 from parts.files import read_meta
 
 
@@ -40,6 +41,8 @@ PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
 
 # three sorts of Python: whole programs, what is handed to TRL, and passages of the scripts
 PROGRAMS = [text for text in PYTHON if "from sparserm import" in text]
+SERVERS = [text for text in re.findall(r"```python\n(.*?)```", read("docs/formats.md"), re.S)
+           if "FastAPI" in text]
 TRAINERS = [text for text in PYTHON if "your/policy" in text]
 PASSAGES = [text for text in PYTHON if text not in PROGRAMS + TRAINERS]
 
@@ -72,6 +75,7 @@ TABLES = {
     "parity": ("benchmarks/README.md", "sae_parity", "claim"),
     "sae speed": ("benchmarks/README.md", "sae_parity", "speed_table"),
     "scale": ("benchmarks/README.md", "scale", "table"),
+    "names": ("README.md", "quiz", "held_names"),
     "quiz": ("docs/results.md", "quiz", "table"),
     "quiz claim": ("docs/results.md", "quiz", "claim"),
     "steer": ("benchmarks/README.md", "steer", "table"),
@@ -98,6 +102,14 @@ def test_what_the_first_program_prints_was_printed_by_it():
     shown = re.search(r"<!-- printed -->\n```\n(.*?)```\n<!-- end -->", README, re.S)[1]
     assert shown == results("printed")["readme"]
     assert results("printed")["readme_code"] == printed.fingerprint_of_program(PYTHON[0])
+
+
+@pytest.mark.parametrize("name", ["does_it_hold", "second_model"])
+def test_a_committed_verdict_is_what_stage_4_says_of_the_figures_beside_it(name):
+    found = results(name)
+    for reading in ("mean", "last", "export"):
+        for row in found[reading].values():
+            assert row["verdict"] == report.verdict(row)
 
 
 @pytest.mark.parametrize("file", ["README.md", "benchmarks/README.md", "data/README.md",
@@ -207,8 +219,8 @@ def test_every_flag_of_a_benchmark_that_is_named_is_one_of_its_script(file):
 # ---------------------------------------------------------------- code
 
 def program(word):
-    """The one program of the README in which a word stands."""
-    [text] = [text for text in PROGRAMS if word in text]
+    """The one program of the README and docs/formats.md in which a word stands."""
+    [text] = [text for text in PROGRAMS + SERVERS if word in text]
     return text
 
 
@@ -228,17 +240,13 @@ def test_every_passage_of_code_stands_in_a_script_as_it_is():
 
 
 def test_every_program_of_the_readme_is_run_here():
-    run = {program(word) for word in ("reward.explain", "fastapi")}
-    assert set(PROGRAMS) == run
-    assert len(run) == 2
+    assert PROGRAMS == [program("reward.tokens")]
 
 
-def test_the_program_that_explains_a_reward_adds_up_to_it(played):
-    reward = run_program("reward.explain")["reward"]
-    found = reward.explain("Why is the sky blue?", "It reflects the sea.")
-
-    contributions = sum(row["contribution"] for row in found["contributions"])
-    assert found["reward"] == pytest.approx(found["bias"] + contributions, abs=1e-4)
+def test_the_parts_that_the_program_prints_add_up_to_the_reward(played):
+    names = run_program("reward.tokens")
+    [wanted] = names["reward"].score([names["prompt"]], names["answers"][:1])
+    assert sum(names["told"]["parts"]) + names["told"]["bias"] == pytest.approx(wanted, abs=1e-4)
 
 
 def test_the_program_that_serves_answers_at_score(played):

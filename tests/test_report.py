@@ -102,7 +102,8 @@ SPOKEN_OF = [*report.QUESTIONS, "length", "shuffled_labels"]
 
 def said(differences=None, repeated=0.0, curves=None, **rows):
     """The verdict where SparseRM is clearly better than every control, but for what is given."""
-    accuracy = {"sparserm": row(0.8), "words": row(0.6), "length": row(0.5)}
+    ours = row(0.8) | {"choices": [(16, 0.1), (4, 0.1), (16, 1.0)]}
+    accuracy = {"sparserm": ours, "words": row(0.6), "length": row(0.5)}
     behind = dict.fromkeys(SPOKEN_OF, CLEAR)
     return report.verdict({"accuracy": accuracy | rows, "repeated_answers": repeated,
                            "differences": behind | (differences or {}), "curves": curves or {}})
@@ -110,15 +111,17 @@ def said(differences=None, repeated=0.0, curves=None, **rows):
 
 def test_where_all_is_well_the_verdict_is_the_accuracy_and_what_each_part_adds():
     first, *rest = said()
-    assert first == "SparseRM ranks 0.800 of the pairs right [0.700, 1.000]."
+    assert first == ("SparseRM ranks 0.800 of the pairs right [0.700, 1.000], with 4 to 16 "
+                     "directions a side.")
     assert len(rest) == len(report.QUESTIONS)
     for sentence, (better, *_) in zip(rest, report.QUESTIONS.values(), strict=True):
-        assert sentence == f"{better[0].upper()}{better[1:]} (+0.100 [+0.001, +0.200])."
+        assert sentence == f"{better} (+0.100 [+0.001, +0.200])."
 
 
 @pytest.mark.parametrize("groups, small", [(5, True), (19, True), (20, False)])
 def test_a_set_of_fewer_than_20_prompts_is_too_small_and_nothing_else_is_said(groups, small):
-    found = said(sparserm=row(0.8) | {"groups": groups}, words=row(1.0))
+    ours = row(0.8) | {"groups": groups, "choices": [(4, 0.1)]}
+    found = said(sparserm=ours, words=row(1.0))
     assert (found[0].startswith("Too small:") and len(found) == 1) is small
     assert (f"{groups} prompts" in found[0]) is small
 
@@ -170,24 +173,39 @@ def test_a_control_that_is_not_clearly_behind_does_as_well(name, difference):
     _, level, _ = report.QUESTIONS[name]
     changed = dict.fromkeys(report.QUESTIONS, CLEAR) | {name: difference}
     sentence = report.what_helps(changed)[list(report.QUESTIONS).index(name)]
-    assert sentence.casefold().startswith(level.casefold())
+    assert sentence.startswith(level)
 
 
 @pytest.mark.parametrize("name", report.QUESTIONS)
-def test_a_control_that_is_measurably_better_is_named(name):
+def test_a_control_that_is_clearly_better_is_named(name):
     _, _, worse = report.QUESTIONS[name]
     changed = dict.fromkeys(report.QUESTIONS, CLEAR) | {name: BELOW}
-    sentence, = [text for text in report.what_helps(changed) if "measurably better" in text]
-    assert sentence.casefold().startswith(worse.casefold())
+    sentence = report.what_helps(changed)[list(report.QUESTIONS).index(name)]
+    assert sentence.startswith(worse)
     assert "-0.100" in sentence
 
 
 @pytest.mark.parametrize("behind, sentence", [
     ([CLEAR, TOUCHING, CLEAR], "With K = 1, 16 directions a side the SAE's choice is clearly"),
-    ([BELOW, CANNOT_TELL], "At no K the SAE's choice is measurably better"),
+    ([BELOW, CANNOT_TELL], "At no K the SAE's choice is clearly better"),
 ])
 def test_the_verdict_says_at_which_k_the_saes_choice_is_better_than_random(behind, sentence):
     assert said(curves={"k": k_curve(*behind)})[1].startswith(sentence)
+
+
+@pytest.mark.parametrize("behind, spoken_of", [
+    ([BELOW, CLEAR, BELOW], "With K = 1, 16 random directions picked by the labels are clearly"),
+    ([TOUCHING, CANNOT_TELL, CLEAR], None),
+])
+def test_the_verdict_says_at_which_k_picked_directions_are_better(behind, spoken_of):
+    curve = k_curve(CLEAR) | {"picked_directions": k_curve(*behind)["random_directions"]}
+    [_, _, third, *_] = said(curves={"k": curve})
+    assert third.startswith(spoken_of or report.QUESTIONS["random_directions"][0])
+
+
+@pytest.mark.parametrize("ks, said_of_them", [([8, 8, 8], "8"), ([64, 4, 16], "4 to 64")])
+def test_the_values_of_k_that_the_folds_chose_are_told_from_least_to_most(ks, said_of_them):
+    assert report.ks_of({"choices": [(k, 0.1) for k in ks]}) == said_of_them
 
 
 @pytest.mark.parametrize("share, spoken_of", [(0.66, True), (0.65, False)])
