@@ -212,9 +212,9 @@ def finding(found):
         return is_clear(row["differences"][control]) == sign
     return (
         "When directions are few, those that the SAE chooses are clearly better than as many "
-        f"random ones: at some K up to 16 a side, on {sets(few)} of {len(mean)} sets. Random "
-        "directions that were themselves picked by the labels are clearly worse at some K on "
-        f"{sets(lambda row: picked(row, 1))} of these sets, and clearly better at some K on "
+        f"random ones: at some K up to 16 a side, on {sets(few)} of {len(mean)} sets. Against "
+        "random directions that are picked by the labels SparseRM clearly wins at some K on "
+        f"{sets(lambda row: picked(row, 1))} of them, and clearly loses at some K on "
         f"{sets(lambda row: picked(row, -1))}. At the K that cross-validation takes, SparseRM "
         "clearly beats random directions on "
         f"{sets(lambda row: at_chosen_k(row, 'random_directions', 1))}, and a dense head (linear, "

@@ -187,7 +187,7 @@ def verdict(result):
     found += what_helps(differences)
     if "blind" in accuracy and accuracy["blind"]["ties_half"] > 0.65:
         found.append(f"The answer without its question gives {accuracy['blind']['ties_half']:.2f}: "
-                     "a fault where conduct is judged, none where facts are.")
+                     "a shortcut, unless an answer is right or wrong by itself.")
     return found
 
 
