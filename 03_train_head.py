@@ -512,8 +512,17 @@ class RewardModel:
 
     def hidden(self, prompts, responses):
         """The residual-stream vectors that the reward is read from, [n, d] float32."""
-        both = zip(prompts, responses, strict=True)
-        return self.read([self.render(prompt, response) for prompt, response in both])
+        texts = []
+        for number, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            try:
+                texts.append(self.render(prompt, response))
+            except Unreadable as error:
+                if len(prompts) == 1:
+                    raise
+                raise Unreadable(f"{error.reason} · number {number} of {len(prompts)} texts, from "
+                                 "0 · leave it out, or call the reward model itself, which gives "
+                                 "None for it") from None
+        return self.read(texts)
 
     def token_range(self, text):
         """The tokens of a Text that the reward is read from → (first, one past the last)."""

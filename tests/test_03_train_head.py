@@ -1239,6 +1239,13 @@ def test_an_empty_response_has_no_score(reward):
         reward.score(["a"], [" \n"])
 
 
+def test_of_several_texts_the_one_that_cannot_be_read_is_numbered(finished):
+    reward = stage3.RewardModel.load(finished / "reward_head.safetensors")
+    with pytest.raises(stage1.UserError, match="an empty response · number 1 of 3 texts"):
+        reward.score(["One", "Is it?", "Two"], ["two", " ", "ten"])
+
+
+
 def test_as_a_trl_reward_function_it_has_a_name_and_is_no_module(reward):
     assert reward.__name__ == "sparserm_reward"
     assert not isinstance(reward, torch.nn.Module)
