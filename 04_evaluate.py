@@ -28,7 +28,8 @@ search:
     length                  the longer (or the shorter) response, whichever wins on the other folds
     blind                   dense, on responses read under one fixed prompt that is not theirs: what
                             the answer gives away without its question (on 300 pairs at most)
-    shuffled_labels         the whole method on shuffled labels: must be near one half
+    shuffled_labels         the whole method on shuffled labels: about one half. One draw: where
+                            the sides are easily told, a small imbalance of it is learned
     paper                   the paper's own head: MLP of 512, margin loss, K = 128
 
 An interval is the middle 95 % of 2,000 bootstrap draws over prompts. "Better than a control" needs
@@ -218,8 +219,9 @@ def other_set(data, name, run):
     other = Pairs(**read_pairs(run, paths, data.meta))
     unseen = torch.from_numpy(~np.isin(other.group, data.group))
     if not unseen.any():
-        raise UserError(f"no pair that this run has not seen · --other {name}={run} · "
-                        "another data set")
+        raise UserError(f"no question that this run has not · --other {name}={run} · another data "
+                        "set; for pairs of the same questions score the test pairs with "
+                        "RewardModel")
     return other.part(unseen)
 
 
@@ -1128,9 +1130,9 @@ def main():
     parent = parents(args, data)
     found = earlier_evaluation(out, parent)
     if found is None:
+        result, seconds = evaluate(data, args)
         if out.exists():
             print(f"note: {out} is replaced")
-        result, seconds = evaluate(data, args)
         found = json.loads(json.dumps(rounded(result)))                 # as it will be read again
         found["parent"] = sealed(parent, found)
         write_text(data.folder / "timings.json", json.dumps(seconds, indent=1) + "\n")

@@ -539,6 +539,10 @@ def pairs(args):
     write_rows(out, kept)
     write_rows(out.with_suffix(".dropped.jsonl"), dropped)
     print(f"\n{len(kept)} pairs kept, {len(dropped)} dropped")
+    outside = sum(bool(row["outside"]) for row in kept)
+    if outside:
+        print(f"{outside} of those kept hold a text outside of what the head was trained on: "
+              "a guess")
     print(f"written {out}, {out.with_suffix('.dropped.jsonl')}")
     print(f"\nnext: datasets.load_dataset('json', data_files='{out}') → trl.DPOTrainer")
 

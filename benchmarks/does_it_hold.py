@@ -23,7 +23,7 @@ from parts.statistics import is_clear
 METHODS = ("sparserm", "paper", "dense", "picked_directions", "picked_latents", "random_directions",
            "random_latents", "activations", "principal_directions", "difference_of_means", "words",
            "length", "blind", "shuffled_labels")
-KEPT = ("verdict", "accuracy", "differences", "curves", "categories", "sae", "run",
+KEPT = ("verdict", "accuracy", "differences", "curves", "categories", "length", "sae", "run",
         "repeated_answers")
 # what a head reads: the flags of stage 2; all but the first lie in a folder of their own
 READINGS = {

@@ -157,6 +157,7 @@ def write_page(result, run, names=None):
 # ---------------------------------------------------------------- in words
 
 TOO_EASY = 0.85
+ENOUGH_PROMPTS = 200
 
 
 def verdict(result):
@@ -166,17 +167,10 @@ def verdict(result):
     ours = accuracy["sparserm"]
     if ours["groups"] < 20:
         return [f"Too small: {ours['groups']} prompts. Nothing can be told from so few; "
-                "200 are a start."]
-    found = []
+                f"{ENOUGH_PROMPTS} are a start."]
     easy = [name for name in ("words", "length") if accuracy[name]["ties_half"] >= TOO_EASY
             and is_clear(differences[name]) <= 0]
-    if easy:
-        share = max(accuracy[name]["ties_half"] for name in easy)
-        found.append(f"Too easy: {' and '.join(easy)} alone get {share:.2f}. This set cannot show "
-                     "what a reward model adds.")
-    if result["repeated_answers"] > 0.1:
-        found.append(f"{result['repeated_answers']:.0%} of the answers stand under several "
-                     "prompts: who knows them by heart is right.")
+    found = about_the_set(result, easy)
     if is_clear(differences["shuffled_labels"]) <= 0 and not easy:
         found.append("Nothing to learn here: the method is not clearly better than with "
                      "shuffled labels.")
@@ -188,6 +182,28 @@ def verdict(result):
     if "blind" in accuracy and accuracy["blind"]["ties_half"] > 0.65:
         found.append(f"The answer without its question gives {accuracy['blind']['ties_half']:.2f}: "
                      "a shortcut, unless an answer is right or wrong by itself.")
+    return found
+
+
+def about_the_set(result, easy):
+    """What is to be known of the pairs before their figures → sentences. easy: the controls that
+    do as well by themselves."""
+    accuracy = result["accuracy"]
+    found = []
+    if easy:
+        share = max(accuracy[name]["ties_half"] for name in easy)
+        found.append(f"Too easy: {' and '.join(easy)} alone get {share:.2f}. This set cannot show "
+                     "what a reward model adds.")
+    if accuracy["length"]["low"] > 0.5 and "length" not in easy:
+        found.append(f"Length alone ranks {accuracy['length']['accuracy']:.2f} right, and the "
+                     f"reward's correlation with it is {result['length']['correlation']:+.2f}: "
+                     "balance it, or the reward may pay for it.")
+    if accuracy["sparserm"]["groups"] < ENOUGH_PROMPTS:
+        found.append(f"Only {accuracy['sparserm']['groups']} prompts: the intervals are wide. "
+                     f"{ENOUGH_PROMPTS} are a start.")
+    if result["repeated_answers"] > 0.1:
+        found.append(f"{result['repeated_answers']:.0%} of the answers stand under several "
+                     "prompts: a head may know them by heart.")
     return found
 
 
@@ -249,12 +265,19 @@ QUESTIONS = {
 
 
 def what_helps(differences):
-    """A sentence on each control that asks a question, by the sign of SparseRM minus it."""
+    """A sentence on each control that asks a question, by the sign of SparseRM minus it; one on all
+    those of which nothing can be told."""
     found = []
+    untold = []
     for name, (better, level, worse) in QUESTIONS.items():
         row = differences[name]
+        if row["low"] is None:
+            untold.append(name.replace("_", " "))
+            continue
         text = {1: better, 0: level, -1: worse}[is_clear(row)]
         found.append(f"{text} ({difference_text(row)}).")
+    if untold:
+        found.append(f"Too few pairs are ranked otherwise to compare with: {', '.join(untold)}.")
     return found
 
 
