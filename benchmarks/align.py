@@ -28,10 +28,11 @@ order of the pairs. Finished runs lie in --out and are not run again.
 
 --rounds 2 goes on with the first seed. Round 1 is DPO on the pairs that `sparserm` keeps; each
 later round is on the policy's own answers: it answers the prompts of its training pairs, --answers
-times each, SparseRM scores them, the best and the worst of a prompt become a pair, and DPO goes on
-from there. After each round the policy is read on the test questions as above, and answers them:
-what does SparseRM say of these answers, what a dense head on z, how many lie outside of what the
-reward model was trained on, how long are they, how many differ?
+times each, SparseRM scores them, the best and the worst of a prompt become a pair (none that was
+cut off), and DPO goes on from there. After each round the policy is read on the test questions as
+above, and answers them: what does SparseRM say of these answers, and what a second judge, a dense
+head on z that was trained on the dev pairs alone? How many lie outside of what the reward model was
+trained on, how many were cut off, how long are they, how many differ?
 """
 
 import gc
@@ -58,7 +59,7 @@ from benchmarks.common import (
     stage3,
     stage4,
 )
-from parts.files import run_main, write_rows, write_text
+from parts.files import UserError, run_main, write_rows, write_text
 from parts.models import load_tokenizer, locate_model
 from parts.rows import pairs_of_row, read_rows
 from parts.statistics import is_clear
@@ -66,7 +67,7 @@ from parts.statistics import is_clear
 FILTERS = ("none", "sparserm", "random", "length", "dense", "oracle")
 METRICS = {"likelihood": "chosen more likely", "implicit": "implicit reward", "mc1": "MC1"}
 RECORDED = ("noise", "seeds", "batch", "beta", "layer", "bf16", "answers")   # into the results
-ANSWER_TOKENS = 32          # at most; the answers of TruthfulQA have about nine words
+ANSWER_TOKENS = 64          # of a sampled answer, at most
 
 
 # ---------------------------------------------------------------- data
@@ -329,16 +330,27 @@ def experiment(args):
 
 # ---------------------------------------------------------------- rounds
 
+def round_name(work, lr, number):
+    """What the files of a round are called; a policy of other settings has another name."""
+    return f"round-{number}-lr{lr:g}-n{work.args.answers}"
+
+
+def beside(folder, ending):
+    """round-1-lr0.001-n4 → round-1-lr0.001-n4.json: the name may hold a dot, so no with_suffix."""
+    return folder.parent / f"{folder.name}{ending}"
+
+
 def train_rounds(work, lr):
     """The policies of all rounds, each trained from the one before → their folders."""
     folders = []
     for number in range(1, work.args.rounds + 1):
         before = folders[-1] if folders else None
-        folder = work.folder / f"round-{number}"
+        folder = work.folder / round_name(work, lr, number)
         if not folder.exists():
-            rows = own_answers(work, before, number) if before else kept_of_first_seed(work)
+            rows = own_answers(work, before) if before else kept_of_first_seed(work)
             model, seconds = common.timed(align, rows, lr, 0, work.folder / "trainer", work.args,
                                           before)
+            write_text(beside(folder, ".pairs"), f"{len(rows)}\n")
             save_policy(model, load_tokenizer(work.args.model), folder)
             print(f"round {number}: {len(rows)} pairs ({seconds:.0f} s)", flush=True)
         folders.append(folder)
@@ -350,17 +362,32 @@ def kept_of_first_seed(work):
     return kept_by_sparserm(work.noisy(0), work.folder, 0)
 
 
-def own_answers(work, policy, number):
+def own_answers(work, policy):
     """The policy's answers to the prompts of its training pairs → pairs, best against worst."""
-    candidates = sample(work, policy, work.source, f"candidates-{number}")
-    out = work.folder / f"own-{number}.jsonl"
-    common.run_script("05_best_of_n.py", "pairs", "--candidates", candidates, "--plain",
+    name = f"{policy.name}.candidates"
+    whole = work.folder / f"{name}.whole.jsonl"
+    rows = [without_cut(row, work.reward.backbone.tokenizer)
+            for row in sample(work, policy, work.source, name)]
+    write_rows(whole, [row for row in rows if len(row["candidates"]) > 1])
+    out = work.folder / f"{name}.pairs.jsonl"
+    common.run_script("05_best_of_n.py", "pairs", "--candidates", whole, "--plain",
                       "--reward", work.folder / "reward/reward_head.safetensors", "--out", out)
     return common.read_json_rows(out)
 
 
+def is_cut(text, tokenizer):
+    """Did this answer end because it was too long?"""
+    return len(tokenizer(text, add_special_tokens=False)["input_ids"]) >= ANSWER_TOKENS - 1
+
+
+def without_cut(row, tokenizer):
+    """A row of candidates → {prompt, candidates}, those that ended by themselves."""
+    whole = [text for text in row["candidates"] if not is_cut(text, tokenizer)]
+    return {"prompt": row["prompt"], "candidates": whole}
+
+
 def sample(work, policy, rows, name):
-    """The policy's answers to the prompts of rows, with SparseRM's scores → file."""
+    """The policy's answers to the prompts of rows, with SparseRM's scores → rows of candidates."""
     prompts = work.folder / f"{name}.prompts.jsonl"
     write_rows(prompts, [{"prompt": prompt} for prompt in dict.fromkeys(r["prompt"] for r in rows)])
     out = work.folder / f"{name}.jsonl"
@@ -368,91 +395,96 @@ def sample(work, policy, rows, name):
     common.run_script("05_best_of_n.py", "sample", "--prompts", prompts, "--n", work.args.answers,
                       "--max-new-tokens", ANSWER_TOKENS, "--out", out, *whose,
                       "--reward", work.folder / "reward/reward_head.safetensors")
-    return out
+    return common.read_json_rows(out)
 
 
 def save_policy(model, tokenizer, folder):
     """A merged model and its tokenizer into a folder, which is there whole or not at all."""
-    part = folder.with_suffix(".part")
+    part = beside(folder, ".part")
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)
     part.rename(folder)
 
 
-def read_answers(work, policy, number):
+def second_judge(work):
+    """A dense head on z, trained on the dev pairs, which nothing else is trained on."""
+    prompts = [row["prompt"] for row in work.dev]
+    z = [work.reward.hidden(prompts, [row[side] for row in work.dev]) for side in SIDES]
+    group = np.array([stage1.hash_number(row["question"]) for row in work.dev])
+    nothing = np.zeros(len(work.dev), int)
+    pairs = stage4.Pairs(z, torch.from_numpy(nothing), group, [nothing, nothing], work.dev)
+    return common.fit_dense(pairs)
+
+
+def read_answers(work, policy, name):
     """What the policy answers to the test questions → a row an answer that can be scored:
-    {prompt, reward, dense, outside, words, text}."""
+    {prompt, text, words, reward, judge, outside, cut}."""
+    tokenizer = work.reward.backbone.tokenizer
     asked = [{"prompt": question["prompt"]} for question in work.questions]
     rows = []
-    for row in common.read_json_rows(sample(work, policy, asked, f"answers-{number}")):
+    for row in sample(work, policy, asked, f"{name}.answers"):
         columns = zip(row["candidates"], row["scores"], row["outside"])
-        rows += [{"prompt": row["prompt"], "text": text, "reward": score, "outside": outside,
-                  "words": len(text.split())}
+        rows += [{"prompt": row["prompt"], "text": text, "words": len(text.split()),
+                  "reward": score, "outside": outside, "cut": is_cut(text, tokenizer)}
                  for text, score, outside in columns if score is not None]
     z = work.reward.hidden([row["prompt"] for row in rows], [row["text"] for row in rows])
-    [dense] = common.fit_dense(work.seen).rewards([z])
-    for row, reward in zip(rows, dense.tolist()):
-        row["dense"] = reward
+    [judged] = second_judge(work).rewards([z])
+    for row, reward in zip(rows, judged.tolist()):
+        row["judge"] = reward
     return rows
 
 
-OF_ANSWERS = ("reward", "dense", "outside", "words")
+OF_ANSWERS = ("reward", "judge", "outside", "cut", "words")
+IN_STD = ("reward", "judge")
 
 
 def judge_rounds(work, folders, base):
     """The unaligned policy and that of each round → list of {metric: {mean, low, high, and from
     round 1 on `gain`: the same of what the round changed}, pairs, answers, distinct}."""
-    measured = []
-    for number, folder in enumerate([None, *folders]):
-        policy = base
-        if folder:
-            policy = once(work.folder / f"round-{number}.json",
-                          lambda folder=folder: read_policy(stage1.load_backbone(str(folder)),
-                                                            work.test, work.questions))
-        answers = once(work.folder / f"answers-{number}.read.json",
-                       lambda folder=folder, number=number: read_answers(work, folder, number))
+    unaligned = f"unaligned-n{work.args.answers}"
+    measured = [(right(base, base), once(work.folder / f"{unaligned}.read.json",
+                                         lambda: read_answers(work, None, unaligned)))]
+    for folder in folders:
+        policy = once(beside(folder, ".json"),
+                      lambda folder=folder: read_policy(stage1.load_backbone(str(folder)),
+                                                        work.test, work.questions))
+        answers = once(beside(folder, ".read.json"),
+                       lambda folder=folder: read_answers(work, folder, folder.name))
         measured.append((right(policy, base), answers))
 
     groups = {"likelihood": [row["question"] for row in work.test],
               "mc1": [stage1.question_of(question["prompt"]) for question in work.questions]}
     groups["implicit"] = groups["likelihood"]
     found = figures_of_rounds(measured, groups)
-    for number, row in enumerate(found):
-        row["pairs"] = trained_on(work, number)
+    for row, folder in zip(found[1:], folders):
+        row["pairs"] = int(beside(folder, ".pairs").read_text())
     return found
 
 
-def trained_on(work, number):
-    """How many pairs a round was trained on."""
-    names = {0: None, 1: "kept-0.jsonl"}
-    name = names.get(number, f"own-{number}.jsonl")
-    return len(common.read_json_rows(work.folder / name)) if name else 0
-
-
 def figures_of_rounds(measured, groups):
-    """[(what a policy gets right, its answers)] → the figures of judge_rounds.
+    """[(what a policy gets right, its answers)], the first unaligned → the figures of judge_rounds.
 
-    Both rewards are distances from the unaligned policy's mean, in the std of its answers.
+    Both rewards are differences to the unaligned policy's answer to the same prompt, in the std of
+    its answers.
     """
     prompts, tables = by_prompt([answers for _, answers in measured])
     first = measured[0][1]
     before = {}
     found = []
     for number, (correct, answers) in enumerate(measured):
-        columns = {name: (correct[name], groups[name]) for name in METRICS}
+        columns = {name: (np.asarray(correct[name], float), groups[name]) for name in METRICS}
         for name in OF_ANSWERS:
-            columns[name] = (tables[number][name], prompts)
+            values = tables[number][name]
+            if name in IN_STD:
+                std = np.std([answer[name] for answer in first])
+                values = (values - tables[0][name]) / std
+            columns[name] = (values, prompts)
         row = {}
         for name, (values, of_group) in columns.items():
-            values = np.asarray(values, float)
-            mean, std = 0.0, 1.0
-            if name in ("reward", "dense"):
-                mean = tables[0][name].mean()
-                std = np.std([answer[name] for answer in first])
-            row[name] = common.mean_interval((values - mean) / std, of_group)
+            row[name] = common.mean_interval(values, of_group)
             if number:
-                row[name]["gain"] = common.gap_interval((values - before[name]) / std, of_group)
+                row[name]["gain"] = common.gap_interval(values - before[name], of_group)
             before[name] = values
         row["answers"] = len(answers)
         row["distinct"] = len({answer["text"] for answer in answers}) / len(answers)
@@ -478,24 +510,25 @@ def by_prompt(rounds):
     return prompts, tables
 
 
+TITLES = METRICS | {"reward": "SparseRM's reward", "judge": "the second judge's",
+                    "outside": "outside", "cut": "cut off", "words": "words"}
+
+
 def rounds_table(found):
     """The figures of the rounds → markdown."""
-    text = head_line("policy", ["pairs of the round", *METRICS.values(), "SparseRM's reward",
-                                "a dense head's", "outside", "words", "distinct answers"])
+    text = head_line("policy", ["pairs of the round", *TITLES.values(), "distinct answers"])
     for number, row in enumerate(found["rounds"]):
-        cells = [str(row["pairs"] or "–"), interval(row["likelihood"], "mean"),
+        cells = [str(row.get("pairs", "–")), interval(row["likelihood"], "mean"),
                  interval(row["implicit"], "mean") if number else "–", interval(row["mc1"], "mean")]
-        cells += [common.difference(row[name]) for name in ("reward", "dense")]
+        cells += [common.difference(row[name]) if number else "0" for name in IN_STD]
+        cells += [f"{row[name]['mean']:.1%}" for name in ("outside", "cut")]
         words = [f"{row['words'][end]:.1f}" for end in ("mean", "low", "high")]
-        cells += [f"{row['outside']['mean']:.1%}", "{} [{}, {}]".format(*words),
-                  f"{row['distinct']:.0%} of {row['answers']}"]
+        cells += ["{} [{}, {}]".format(*words), f"{row['distinct']:.0%} of {row['answers']}"]
         text += line(f"after round {number}" if number else "unaligned", cells)
 
-    text += "\n" + head_line("what the round changed", [*METRICS.values(), "SparseRM's reward",
-                                                        "a dense head's", "outside", "words"])
+    text += "\n" + head_line("what the round changed", TITLES.values())
     for number, row in enumerate(found["rounds"][1:], 1):
-        gains = [row[name]["gain"] for name in (*METRICS, *OF_ANSWERS)]
-        cells = [common.difference(gain) for gain in gains]
+        cells = [common.difference(row[name]["gain"]) for name in TITLES]
         if number == 1:
             cells[1] = "–"              # the implicit reward begins with the first round
         text += line(f"round {number}", cells)
@@ -526,12 +559,10 @@ def claim(found):
 
 def rounds_claim(found):
     """What each round changed, in words → markdown."""
-    words = METRICS | {"reward": "SparseRM's reward", "dense": "the dense head's reward",
-                       "outside": "share outside", "words": "length"}
     text = ""
     for number, row in enumerate(found["rounds"][1:], 1):
         changes = {1: [], -1: [], 0: []}
-        for name, what in words.items():
+        for name, what in TITLES.items():
             if (name, number) != ("implicit", 1):
                 changes[is_clear(row[name]["gain"])].append(what)
         parts = [f"{what}: {', '.join(changes[sign])}"
@@ -630,8 +661,12 @@ def parse_args():
 def main():
     """The command."""
     args = parse_args()
+    if args.rounds and not args.questions:
+        raise UserError("the rounds are judged on questions · --rounds · pass --questions too")
     if args.table:
-        print(table(common.read_result("align")))
+        found = common.read_result("align")
+        print(table(found))
+        print(rounds_table(found))
         return
     found = experiment(args)
     if args.write:

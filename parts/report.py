@@ -195,9 +195,8 @@ def about_the_set(result, easy):
         found.append(f"Too easy: {' and '.join(easy)} alone get {share:.2f}. This set cannot show "
                      "what a reward model adds.")
     if accuracy["length"]["low"] > 0.5 and "length" not in easy:
-        found.append(f"Length alone ranks {accuracy['length']['accuracy']:.2f} right, and the "
-                     f"reward's correlation with it is {result['length']['correlation']:+.2f}: "
-                     "balance it, or the reward may pay for it.")
+        found.append(f"Length alone ranks {accuracy['length']['accuracy']:.2f} of the pairs "
+                     f"right{correlation_text(result)}: balance it, or the reward may pay for it.")
     if accuracy["sparserm"]["groups"] < ENOUGH_PROMPTS:
         found.append(f"Only {accuracy['sparserm']['groups']} prompts: the intervals are wide. "
                      f"{ENOUGH_PROMPTS} are a start.")
@@ -205,6 +204,14 @@ def about_the_set(result, easy):
         found.append(f"{result['repeated_answers']:.0%} of the answers stand under several "
                      "prompts: a head may know them by heart.")
     return found
+
+
+def correlation_text(result):
+    """What the head makes of length on the test split; nothing where there is no test pair."""
+    if not result.get("length"):
+        return ""
+    return (" (on the test split the reward's correlation with it is "
+            f"{result['length']['correlation']:+.2f})")
 
 
 def ks_of(row):
@@ -223,6 +230,9 @@ def few_directions(curve):
     if clear:
         found = [f"With K = {', '.join(clear)} directions a side the SAE's choice is clearly "
                  "better than random directions."]
+    worse = clear_ks(curve["random_directions"], -1)
+    if worse:
+        found.append(f"With K = {', '.join(worse)} random directions are clearly better.")
     picked = clear_ks(curve.get("picked_directions", {}), -1)
     if picked:
         found.append(f"With K = {', '.join(picked)} random directions picked by the labels are "
@@ -272,12 +282,12 @@ def what_helps(differences):
     for name, (better, level, worse) in QUESTIONS.items():
         row = differences[name]
         if row["low"] is None:
-            untold.append(name.replace("_", " "))
+            untold.append(shown(name))
             continue
         text = {1: better, 0: level, -1: worse}[is_clear(row)]
         found.append(f"{text} ({difference_text(row)}).")
     if untold:
-        found.append(f"Too few pairs are ranked otherwise to compare with: {', '.join(untold)}.")
+        found.append(f"Cannot tell, too few pairs are ranked otherwise: {', '.join(untold)}.")
     return found
 
 

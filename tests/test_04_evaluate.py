@@ -1462,7 +1462,7 @@ def test_a_device_that_does_not_exist_is_refused_before_anything_is_computed(run
     (["--layer", 2], "layer"),
     (["--layer", 1, "--token", "eot"], "token"),
     (["--layer", 1, "--max-length", 77], "max_length"),
-    (["--layer", 1], "no question that this run has not"),                           # the same questions
+    (["--layer", 1], "no question that this run has not"),
 ])
 def test_another_set_of_another_layer_or_token_or_without_new_questions_is_refused(
         args, word, run, tmp_path):

@@ -237,10 +237,10 @@ def test_the_dense_filter_reads_the_policy_s_pairs_as_the_reward_model_does(fini
     assert found == pytest.approx(common.fit_dense(pairs).differences(pairs.z).numpy(), abs=1e-3)
 
 
-def answer(prompt, reward, words=9, text="An answer."):
+def answer(prompt, reward, text="An answer."):
     """A row of read_answers."""
-    return {"prompt": prompt, "text": text, "reward": reward, "dense": 2 * reward,
-            "outside": False, "words": words}
+    return {"prompt": prompt, "text": text, "reward": reward, "judge": 2 * reward,
+            "outside": False, "cut": False, "words": 9}
 
 
 def policy_of(*wins):
@@ -260,13 +260,24 @@ def test_rewards_of_the_rounds_are_in_units_of_the_unaligned_policy_s_answers():
     after = [answer("q0", 4.0), answer("q1", 10.0)]
     first, second = rounds_of((policy_of(0, 1), before), (policy_of(1, 1), after))
     std = np.std([1.0, 3.0, 5.0, 7.0])
-    assert first["reward"]["mean"] == pytest.approx(0)
+    assert first["reward"]["mean"] == 0
     # means of the prompts: 2 and 6 before, 4 and 10 after
-    assert second["reward"]["mean"] == pytest.approx((7 - 4) / std)
-    assert second["reward"]["gain"]["mean"] == pytest.approx(3 / std)
-    assert second["dense"]["mean"] == pytest.approx(3 / std)        # twice the size, in its own std
+    assert second["reward"]["mean"] == pytest.approx(3 / std)
+    assert second["judge"]["mean"] == pytest.approx(3 / std)        # twice the size, in its own std
     assert second["likelihood"]["gain"]["mean"] == pytest.approx(0.5)
     assert second["answers"] == 2 and first["distinct"] == 0.25
+
+
+def test_a_round_is_compared_with_the_one_before_and_its_reward_with_the_unaligned_policy():
+    answers = [[answer(f"q{n}", n + gain) for n in range(30)] for gain in (0.0, 2.0, 3.0)]
+    wins = policy_of(*(np.arange(30) % 2))
+    _, second, third = rounds_of(*((wins, rows) for rows in answers))
+    std = np.std(np.arange(30))
+    assert second["reward"]["gain"]["mean"] == pytest.approx(2 / std)
+    assert third["reward"]["gain"]["mean"] == pytest.approx(1 / std)
+    assert third["reward"]["mean"] == pytest.approx(3 / std)
+    # every prompt changed by the same: the interval is of the change, not of the prompts
+    assert third["reward"]["high"] - third["reward"]["low"] == pytest.approx(0, abs=1e-6)
 
 
 def test_a_prompt_without_an_answer_in_one_round_counts_in_none():
@@ -279,13 +290,80 @@ def test_a_prompt_without_an_answer_in_one_round_counts_in_none():
 
 def test_a_round_in_which_nearly_nothing_changed_is_told_as_such():
     answers = [answer(f"q{n}", n) for n in range(30)]
-    wins = np.arange(30) % 2
-    found = {"rounds": rounds_of((policy_of(*wins), answers), (policy_of(*wins), answers))}
+    wins = policy_of(*(np.arange(30) % 2))
+    found = {"rounds": rounds_of((wins, answers), (wins, answers))}
     assert found["rounds"][1]["mc1"]["gain"]["low"] is None
-    for row, pairs in zip(found["rounds"], (0, 12)):
-        row["pairs"] = pairs
     assert "+.000 (cannot tell)" in align.rounds_table(found)
     assert align.rounds_claim(found).startswith("* Round 1: no measurable change: ")
+
+
+def test_an_answer_that_was_cut_off_becomes_no_side_of_a_pair(folder_of):
+    tokenizer = align.load_tokenizer(str(folder_of("llama")))
+    long = "nine ten " * align.ANSWER_TOKENS
+    row = {"prompt": "Which?", "candidates": ["One two.", long, "Three."], "scores": [1, 2, 3]}
+    assert align.without_cut(row, tokenizer) == {"prompt": "Which?",
+                                                 "candidates": ["One two.", "Three."]}
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """A stand-in of align.Experiment → (it, what was trained on what and sampled from whom)."""
+    done = []
+    source = [{"prompt": "to train on"}]
+    work = SimpleNamespace(folder=tmp_path, source=source, test=[{"prompt": "to test on"}],
+                           args=SimpleNamespace(rounds=3, answers=2, model="base"),
+                           noisy=lambda seed: ["noisy", seed],
+                           reward=SimpleNamespace(backbone=SimpleNamespace(tokenizer=None)))
+
+    def train(rows, lr, seed, folder, args, start=None):
+        done.append(("trained", rows, start))
+
+    def sample(work, policy, rows, name):
+        done.append(("sampled", rows, policy))
+        return [{"prompt": "to train on", "candidates": ["a", "b"]}]
+
+    def run_script(script, *flags):
+        out = flags[flags.index("--out") + 1]
+        tiny.save_rows(out, [{"pair": out.name}])
+
+    def save_policy(model, tokenizer, folder):
+        folder.mkdir()
+    monkeypatch.setattr(align, "align", train)
+    monkeypatch.setattr(align, "sample", sample)
+    monkeypatch.setattr(align, "save_policy", save_policy)
+    monkeypatch.setattr(align, "load_tokenizer", lambda name: None)
+    monkeypatch.setattr(align, "is_cut", lambda text, tokenizer: False)
+    monkeypatch.setattr(align, "kept_by_sparserm", lambda rows, folder, seed: rows)
+    monkeypatch.setattr(align.common, "run_script", run_script)
+    return work, done
+
+
+def test_each_round_goes_on_from_the_one_before_on_its_own_answers(work):
+    work, done = work
+    one, two, three = align.train_rounds(work, 1e-3)
+    assert done == [
+        ("trained", ["noisy", 0], None),
+        ("sampled", work.source, one),
+        ("trained", [{"pair": f"{one.name}.candidates.pairs.jsonl"}], one),
+        ("sampled", work.source, two),
+        ("trained", [{"pair": f"{two.name}.candidates.pairs.jsonl"}], two),
+    ]
+    assert align.beside(three, ".pairs").read_text() == "1\n"
+
+
+def test_a_round_that_is_there_is_not_trained_again_and_one_of_another_rate_is(work):
+    work, done = work
+    align.train_rounds(work, 1e-3)
+    done.clear()
+    align.train_rounds(work, 1e-3)
+    assert not done
+    align.train_rounds(work, 2e-3)
+    assert [what for what, *_ in done].count("trained") == 3
+
+
+def test_rounds_without_questions_are_refused_before_anything_is_done():
+    with tiny.argv("--rounds", "2"), pytest.raises(UserError, match="pass --questions too"):
+        align.main()
 
 
 # ---------------------------------------------------------------- rank_answers.py

@@ -100,14 +100,14 @@ CANNOT_TELL = {"mean": 0.1, "low": None, "high": None}
 SPOKEN_OF = [*report.QUESTIONS, "length", "shuffled_labels"]
 
 
-def said(differences=None, repeated=0.0, curves=None, **rows):
+def said(differences=None, repeated=0.0, curves=None, correlation=0.84, **rows):
     """The verdict where SparseRM is clearly better than every control, but for what is given."""
     ours = row(0.8) | {"choices": [(16, 0.1), (4, 0.1), (16, 1.0)], "groups": 240}
     accuracy = {"sparserm": ours, "words": row(0.6), "length": row(0.5)}
     behind = dict.fromkeys(SPOKEN_OF, CLEAR)
     return report.verdict({"accuracy": accuracy | rows, "repeated_answers": repeated,
                            "differences": behind | (differences or {}), "curves": curves or {},
-                           "length": {"correlation": 0.84}})
+                           "length": {"correlation": correlation} if correlation else {}})
 
 
 def test_where_all_is_well_the_verdict_is_the_accuracy_and_what_each_part_adds():
@@ -179,15 +179,21 @@ def test_controls_of_which_nothing_can_be_told_are_one_sentence():
     changed = dict.fromkeys(report.QUESTIONS, CLEAR)
     changed |= {"random_directions": CANNOT_TELL, "dense": CANNOT_TELL}
     *others, last = report.what_helps(changed)
-    assert last == "Too few pairs are ranked otherwise to compare with: random directions, dense."
+    assert last == "Cannot tell, too few pairs are ranked otherwise: random directions, dense."
     assert len(others) == len(report.QUESTIONS) - 2
 
 
 @pytest.mark.parametrize("low, spoken_of", [(0.51, True), (0.5, False)])
 def test_a_length_that_is_clearly_above_one_half_is_spoken_of_with_what_follows_it(low, spoken_of):
     found = said(length=row(0.7) | {"low": low})
-    assert found[0].startswith("Length alone ranks 0.70 right, and the reward's correlation with "
-                               "it is +0.84: balance it") is spoken_of
+    sentence = ("Length alone ranks 0.70 of the pairs right (on the test split the reward's "
+                "correlation with it is +0.84): balance it, or the reward may pay for it.")
+    assert (found[0] == sentence) is spoken_of
+
+
+def test_without_a_test_split_length_is_spoken_of_without_its_correlation():
+    found = said(length=row(0.7), correlation=None)
+    assert found[0].startswith("Length alone ranks 0.70 of the pairs right: balance it")
 
 
 def test_a_length_that_makes_a_set_too_easy_is_spoken_of_once():
@@ -227,6 +233,12 @@ def test_the_verdict_says_at_which_k_picked_directions_are_better(behind, spoken
     curve = k_curve(CLEAR) | {"picked_directions": k_curve(*behind)["random_directions"]}
     [_, _, third, *_] = said(curves={"k": curve})
     assert third.startswith(spoken_of or report.QUESTIONS["random_directions"][0])
+
+
+def test_the_verdict_says_at_which_k_random_directions_are_better():
+    found = said(curves={"k": k_curve(BELOW, CLEAR, BELOW)})
+    assert "With K = 1, 16 random directions are clearly better." in found
+    assert "random directions are clearly better." not in said(curves={"k": k_curve(CLEAR)})[2]
 
 
 @pytest.mark.parametrize("ks, said_of_them", [([8, 8, 8], "8"), ([64, 4, 16], "4 to 64")])
