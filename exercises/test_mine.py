@@ -49,7 +49,9 @@ def test_what_goes_in_is_left_as_it_was():
 
 def select(chosen, rejected, k):
     """mine.select_latents on lists → list."""
-    return mine.select_latents(torch.tensor(chosen), torch.tensor(rejected), k).tolist()
+    found = mine.select_latents(torch.tensor(chosen), torch.tensor(rejected), k)
+    assert found.dtype == torch.int64
+    return found.tolist()
 
 
 def test_the_chosen_side_comes_first_each_by_falling_difference():
@@ -73,6 +75,12 @@ def test_a_latent_that_fires_as_often_on_both_sides_counts_on_neither():
 def test_of_equal_differences_the_lower_number_comes_first():
     # differences: -.5, +.5, -.5, +.5, exact in binary
     assert select([0.0, 0.5, 0.25, 0.75], [0.5, 0.0, 0.75, 0.25], k=2) == [1, 3, 0, 2]
+
+
+def test_the_lower_number_comes_first_among_as_many_as_an_sae_has():
+    frequencies = [0.25, 0.75] * 2304
+    found = select(frequencies, [0.5] * 4608, k=3)
+    assert found == [1, 3, 5, 0, 2, 4]
 
 
 # ---------------------------------------------------------------- Bradley-Terry

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import tiny
-from played import lines_of_make_demo, play, read, world
+from played import lines_of, lines_of_make_demo, play, read, world
 
 from benchmarks import printed, quiz
 
@@ -42,6 +42,17 @@ def test_what_was_printed_lies_in_the_range_that_is_named(number):
 
     for name, (low, high) in ranges.items():
         assert low <= measured[name] <= high, (name, measured[name])
+
+
+def test_the_figures_of_the_demo_s_runs_are_those_of_the_results():
+    committed = json.loads(read("benchmarks/results/does_it_hold.json"))["mean"]
+    for name in ("safe", "truthful"):
+        for method in ("sparserm", "blind"):
+            wanted = committed[name]["accuracy"][method]["accuracy"]
+            assert PRINTED["exercises"]["5"][f"{name}, {method}"] == pytest.approx(wanted, abs=6e-4)
+        wanted = committed[name]["curves"]["k"]["random_directions"]["1"]["behind"]["mean"]
+        assert PRINTED["exercises"]["1"][f"{name}, minus random at K = 1"] == pytest.approx(
+            wanted, abs=6e-4)
 
 
 def test_only_what_needs_a_person_has_no_range():
@@ -91,7 +102,7 @@ def played(tmp_path_factory):
             texts[number] = ""
             for kind, block in printed.blocks_of(text):
                 if kind == "bash":
-                    commands += play(block.splitlines(), quicker={})
+                    commands += play(lines_of(block), quicker={})
                 else:
                     texts[number] += run_code(block)
     return texts, [(line, err[-600:]) for line, code, err in commands if code]
@@ -146,15 +157,17 @@ def pytest_of(folder):
 
 
 def test_the_exercise_is_red_as_shipped():
+    if read("exercises/mine.py").count("raise NotImplementedError") < 3:
+        pytest.skip("somebody has begun it")
     passed, failed = pytest_of(tiny.ROOT / "exercises")
-    assert (passed, failed) == (0, 15)
-    assert "15 tests" in EXERCISES["3"]
+    assert (passed, failed) == (0, 16)
+    assert "16 tests" in EXERCISES["3"]
 
 
 def test_the_exercise_is_green_with_the_functions_of_the_project(tmp_path):
     (tmp_path / "mine.py").write_text(OWN)
     (tmp_path / "test_mine.py").write_text(read("exercises/test_mine.py"))
-    assert pytest_of(tmp_path) == (15, 0)
+    assert pytest_of(tmp_path) == (16, 0)
 
 
 # what is wrong → the function that replaces the right one
@@ -175,6 +188,12 @@ def topk_encoder(z, W_enc, b_enc, b_dec, k):
 def select_latents(frequency_chosen, frequency_rejected, k):
     order = torch.sort(frequency_chosen - frequency_rejected, stable=True, descending=True).indices
     return torch.cat([order[:k], order.flip(0)[:k]])
+''',
+    "ties as they come": '''
+def select_latents(frequency_chosen, frequency_rejected, k):
+    difference = frequency_chosen - frequency_rejected
+    k = min(k, int((difference > 0).sum()), int((difference < 0).sum()))
+    return torch.cat([difference.topk(k).indices, (-difference).topk(k).indices])
 ''',
     "the formula as it stands": '''
 def bradley_terry_loss(reward_chosen, reward_rejected):
