@@ -237,14 +237,14 @@ def test_threads_that_share_a_reward_model_get_the_scores_that_one_gets(reward):
     assert together == pytest.approx([score(row) for row in rows], abs=1e-4)
 
 
-# ---------------------------------------------------------------- the FastAPI server of the README
+# ---------------------------------------------------------------- the server of docs/formats.md
 
 @pytest.fixture
 def ask(finished, tmp_path, monkeypatch):
-    """A function that posts a body to the server of the README, which serves the finished run."""
+    """A function that posts a body to the server of docs/formats.md, of the finished run."""
     client = pytest.importorskip("fastapi.testclient").TestClient
-    readme = (tiny.ROOT / "README.md").read_text(encoding="utf-8")
-    [code] = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    text = (tiny.ROOT / "docs/formats.md").read_text(encoding="utf-8")
+    [code] = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)
               if "FastAPI" in block]
     [run] = re.findall(r'"(runs/[^/"]*)/reward_head.safetensors"', code)
     (tmp_path / "runs").mkdir()
