@@ -37,7 +37,6 @@ trained on, how many were cut off, how long are they, how many differ?
 
 import gc
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -59,10 +58,15 @@ from benchmarks.common import (
     stage3,
     stage4,
 )
-from parts.files import UserError, run_main, write_rows, write_text
+from parts.files import (
+    UserError,
+    folder_moved_into_place,
+    run_main,
+    write_rows,
+    write_text,
+)
 from parts.models import load_tokenizer, locate_model
 from parts.rows import pairs_of_row, read_rows
-from parts.statistics import is_clear
 
 FILTERS = ("none", "sparserm", "random", "length", "dense", "oracle")
 METRICS = {"likelihood": "chosen more likely", "implicit": "implicit reward", "mc1": "MC1"}
@@ -139,7 +143,7 @@ def kept_by_sparserm(rows, folder, seed):
     out = folder / f"kept-{seed}.jsonl"
     write_rows(noisy, rows)
     common.run_script("05_best_of_n.py", "pairs", "--filter", noisy,
-                      "--reward", folder / "reward/reward_head.safetensors", "--out", out)
+                      "--reward", head_of(folder), "--out", out)
     names = {row["id"] for row in common.read_json_rows(out)}
     return [row for row in rows if row["id"] in names]
 
@@ -221,16 +225,22 @@ def once(path, make):
     return json.loads(path.read_text("utf-8"))
 
 
+def head_of(folder):
+    """The head of the reward model of an experiment."""
+    return folder / "reward/reward_head.safetensors"
+
+
 def train_reward(rows, folder, args):
     """Stages 1 to 3 on the reward model's clean pairs → RewardModel."""
-    run = folder / "reward"
-    if not (run / "reward_head.safetensors").exists():
+    head = head_of(folder)
+    run = head.parent
+    if not head.exists():
         write_rows(folder / "clean.jsonl", rows)
         common.run_script("01_extract.py", "--run", run, "--pairs", folder / "clean.jsonl",
                           "--model", args.model, "--layer", args.layer, "--split", "1,0,0")
         common.run_script("02_select_features.py", "--run", run, "--sae", args.sae)
         common.run_script("03_train_head.py", "--run", run)
-    return stage3.RewardModel.load(run / "reward_head.safetensors")
+    return stage3.RewardModel.load(head)
 
 
 class Experiment:
@@ -347,7 +357,10 @@ def train_rounds(work, lr):
         before = folders[-1] if folders else None
         folder = work.folder / round_name(work, lr, number)
         if not folder.exists():
-            rows = own_answers(work, before) if before else kept_of_first_seed(work)
+            if before:
+                rows = own_answers(work, before)
+            else:
+                rows = kept_by_sparserm(work.noisy(0), work.folder, 0)
             model, seconds = common.timed(align, rows, lr, 0, work.folder / "trainer", work.args,
                                           before)
             write_text(beside(folder, ".pairs"), f"{len(rows)}\n")
@@ -355,11 +368,6 @@ def train_rounds(work, lr):
             print(f"round {number}: {len(rows)} pairs ({seconds:.0f} s)", flush=True)
         folders.append(folder)
     return folders
-
-
-def kept_of_first_seed(work):
-    """The pairs of round 1: those that SparseRM keeps."""
-    return kept_by_sparserm(work.noisy(0), work.folder, 0)
 
 
 def own_answers(work, policy):
@@ -371,7 +379,7 @@ def own_answers(work, policy):
     write_rows(whole, [row for row in rows if len(row["candidates"]) > 1])
     out = work.folder / f"{name}.pairs.jsonl"
     common.run_script("05_best_of_n.py", "pairs", "--candidates", whole, "--plain",
-                      "--reward", work.folder / "reward/reward_head.safetensors", "--out", out)
+                      "--reward", head_of(work.folder), "--out", out)
     return common.read_json_rows(out)
 
 
@@ -394,17 +402,15 @@ def sample(work, policy, rows, name):
     whose = ["--policy", policy] if policy else []
     common.run_script("05_best_of_n.py", "sample", "--prompts", prompts, "--n", work.args.answers,
                       "--max-new-tokens", ANSWER_TOKENS, "--out", out, *whose,
-                      "--reward", work.folder / "reward/reward_head.safetensors")
+                      "--reward", head_of(work.folder))
     return common.read_json_rows(out)
 
 
 def save_policy(model, tokenizer, folder):
     """A merged model and its tokenizer into a folder, which is there whole or not at all."""
-    part = beside(folder, ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    part.rename(folder)
+    with folder_moved_into_place(folder) as part:
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
 
 
 def second_judge(work):
@@ -516,23 +522,38 @@ TITLES = METRICS | {"reward": "SparseRM's reward", "judge": "the second judge's"
 
 def rounds_table(found):
     """The figures of the rounds → markdown."""
+    unaligned, *rounds = found["rounds"]
     text = head_line("policy", ["pairs of the round", *TITLES.values(), "distinct answers"])
-    for number, row in enumerate(found["rounds"]):
-        cells = [str(row.get("pairs", "–")), interval(row["likelihood"], "mean"),
-                 interval(row["implicit"], "mean") if number else "–", interval(row["mc1"], "mean")]
-        cells += [common.difference(row[name]) if number else "0" for name in IN_STD]
-        cells += [f"{row[name]['mean']:.1%}" for name in ("outside", "cut")]
-        words = [f"{row['words'][end]:.1f}" for end in ("mean", "low", "high")]
-        cells += ["{} [{}, {}]".format(*words), f"{row['distinct']:.0%} of {row['answers']}"]
-        text += line(f"after round {number}" if number else "unaligned", cells)
+    text += line("unaligned", ["–", *cells_of_round(unaligned, is_first=True)])
+    for number, row in enumerate(rounds, 1):
+        text += line(f"after round {number}", [str(row.get("pairs", "–")), *cells_of_round(row)])
 
     text += "\n" + head_line("what the round changed", TITLES.values())
-    for number, row in enumerate(found["rounds"][1:], 1):
-        cells = [common.difference(row[name]["gain"]) for name in TITLES]
-        if number == 1:
-            cells[1] = "–"              # the implicit reward begins with the first round
+    for number, row in enumerate(rounds, 1):
+        gains = gains_of_round(number, row)
+        cells = [common.difference(gains[name]) if name in gains else "–" for name in TITLES]
         text += line(f"round {number}", cells)
     return text
+
+
+def cells_of_round(row, is_first=False):
+    """The cells of a policy. is_first: unaligned, which the others are compared with."""
+    cells = {name: interval(row[name], "mean") for name in METRICS}
+    cells |= {name: common.difference(row[name]) for name in IN_STD}
+    if is_first:
+        cells |= {"implicit": "–", "reward": "0", "judge": "0"}
+    cells |= {name: f"{row[name]['mean']:.1%}" for name in ("outside", "cut")}
+    words = [f"{row['words'][end]:.1f}" for end in ("mean", "low", "high")]
+    cells["words"] = "{} [{}, {}]".format(*words)
+    return [*(cells[name] for name in TITLES), f"{row['distinct']:.0%} of {row['answers']}"]
+
+
+def gains_of_round(number, row):
+    """What a round changed → {metric: difference}; the implicit reward begins with the first."""
+    gains = {name: row[name]["gain"] for name in TITLES}
+    if number == 1:
+        del gains["implicit"]
+    return gains
 
 
 def claim(found):
@@ -545,30 +566,28 @@ def claim(found):
     text = (f"* SparseRM's filter takes out {caught:.0%} of the flipped labels and {lost:.0%} of "
             "the right ones.\n")
     for name in ("sparserm", "dense", "oracle", "random", "length"):
-        verdicts = {1: [], 0: [], -1: []}
-        for metric, words in METRICS.items():
-            gap = found["filters"][name][metric]["minus_none"]
-            verdicts[is_clear(gap)].append(words)
-        parts = [f"{what} {', '.join(verdicts[sign])}"
-                 for sign, what in ((1, "clearly better than no filter by"),
-                                    (-1, "clearly worse by"), (0, "no measurable difference by"))
-                 if verdicts[sign]]
-        text += f"* *{name}*: {'; '.join(parts)}.\n"
+        gaps = {words: found["filters"][name][metric]["minus_none"]
+                for metric, words in METRICS.items()}
+        text += f"* *{name}*: " + in_words(gaps, {1: "clearly better than no filter by",
+                                                  -1: "clearly worse by",
+                                                  0: "no measurable difference by"})
     return text
+
+
+def in_words(gaps, said):
+    """{name: difference}, what is said of each sign → the end of a line, names by sign."""
+    found = common.by_sign(gaps)
+    parts = [f"{words} {', '.join(found[sign])}" for sign, words in said.items() if found[sign]]
+    return f"{'; '.join(parts)}.\n"
 
 
 def rounds_claim(found):
     """What each round changed, in words → markdown."""
     text = ""
     for number, row in enumerate(found["rounds"][1:], 1):
-        changes = {1: [], -1: [], 0: []}
-        for name, what in TITLES.items():
-            if (name, number) != ("implicit", 1):
-                changes[is_clear(row[name]["gain"])].append(what)
-        parts = [f"{what}: {', '.join(changes[sign])}"
-                 for sign, what in ((1, "clearly up"), (-1, "clearly down"),
-                                    (0, "no measurable change")) if changes[sign]]
-        text += f"* Round {number}: {'; '.join(parts)}.\n"
+        gains = {TITLES[name]: gap for name, gap in gains_of_round(number, row).items()}
+        text += f"* Round {number}: " + in_words(gains, {1: "clearly up:", -1: "clearly down:",
+                                                         0: "no measurable change:"})
     return text
 
 

@@ -21,7 +21,7 @@ import torch
 from parts.files import UserError, read_json_rows, write_text
 from parts.packing import common_prefix
 from parts.rows import read_rows, usable_pairs
-from parts.statistics import LIMITS, group_weights, says_little
+from parts.statistics import LIMITS, group_weights, is_clear, says_little
 
 stage1 = importlib.import_module("01_extract")
 stage2 = importlib.import_module("02_select_features")
@@ -278,6 +278,14 @@ def gap_interval(values, groups):
     found = mean_interval(values, groups)
     if says_little(np.atleast_2d(values).mean(0), groups):
         found |= {"low": None, "high": None}
+    return found
+
+
+def by_sign(gaps):
+    """{name: difference} → {1: names clearly above 0, -1: clearly below, 0: neither}."""
+    found = {1: [], -1: [], 0: []}
+    for name, gap in gaps.items():
+        found[is_clear(gap)].append(name)
     return found
 
 

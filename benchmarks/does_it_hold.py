@@ -172,14 +172,12 @@ def export_claim(found):
             (gained if change > 0 else lost).append(f"{name} ({number(change, True)})")
     gaps = {name: row["differences"]["random_directions"]
             for name, row in found["export"].items()}
-    ahead = [f"{name} ({common.difference(gap)})" for name, gap in gaps.items()
-             if is_clear(gap) > 0]
-    behind = [f"{name} ({common.difference(gap)})" for name, gap in gaps.items()
-              if is_clear(gap) < 0]
+    clear = common.by_sign({f"{name} ({common.difference(gap)})": gap
+                            for name, gap in gaps.items()})
     return ("With the reading of `export` the accuracy of SparseRM is two points or more lower on "
             f"{listed(lost)}, as much higher on {listed(gained)} (no interval was computed for "
             "this change). At the K chosen it is clearly ahead of random directions on "
-            f"{listed(ahead)}, clearly behind them on {listed(behind)}.\n")
+            f"{listed(clear[1])}, clearly behind them on {listed(clear[-1])}.\n")
 
 
 def tables(found):
@@ -269,11 +267,10 @@ SPOKEN = {"dense": "A dense head on all of z", "paper": "The paper's own head",
 def claims_about_controls(mean):
     """Where each control is clearly ahead of SparseRM, and where clearly behind."""
     for control, subject in SPOKEN.items():
-        ahead = [name for name, row in mean.items() if is_clear(row["differences"][control]) < 0]
-        behind = [name for name, row in mean.items() if is_clear(row["differences"][control]) > 0]
+        sets = common.by_sign({name: row["differences"][control] for name, row in mean.items()})
         verb = "are" if control in ("activations", "random_directions") else "is"
-        yield (f"{subject} {verb} clearly ahead on {listed(ahead)}, clearly behind on "
-               f"{listed(behind)}, "
+        yield (f"{subject} {verb} clearly ahead on {listed(sets[-1])}, clearly behind on "
+               f"{listed(sets[1])}, "
                "no measurable difference elsewhere.")
 
 

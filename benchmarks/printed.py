@@ -47,14 +47,14 @@ def ranges_of(exercise):
     return {name: (float(low), float(high or low)) for name, low, high in RANGE.findall(expected)}
 
 
-def fingerprint(text):
-    """A hash of all blocks of a text: were these figures printed by this code?"""
-    return hashlib.sha256(repr(blocks_of(text)).encode()).hexdigest()[:16]
+def fingerprint(blocks):
+    """A hash of blocks: were these figures printed by this code?"""
+    return hashlib.sha256(repr(blocks).encode()).hexdigest()[:16]
 
 
-def fingerprint_of_program(program):
-    """As fingerprint, of one program."""
-    return fingerprint(f"```python\n{program}```")
+def first_program(text):
+    """The first block of Python of a text, as blocks_of() gives it."""
+    return next(block for block in blocks_of(text) if block[0] == "python")
 
 
 # ---------------------------------------------------------------- running them
@@ -100,11 +100,11 @@ def main():
     shutil.rmtree(ROOT / "runs/exercise-10", ignore_errors=True)
     readme = (ROOT / "README.md").read_text("utf-8")
     exercises = (ROOT / "EXERCISES.md").read_text("utf-8")
-    first = next(block for kind, block in blocks_of(readme) if kind == "python")
-    found = {"readme": output_of("python", first), "readme_code": fingerprint_of_program(first),
+    first = first_program(readme)
+    found = {"readme": output_of(*first), "readme_code": fingerprint([first]),
              "exercises": {number: figures_of(number, text)
                            for number, text in exercises_of(exercises).items()},
-             "exercises_code": fingerprint(exercises)}
+             "exercises_code": fingerprint(blocks_of(exercises))}
     print(found["readme"])
     for number, figures in found["exercises"].items():
         print(f"{number}: {figures}")

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.common import (
+    by_sign,
     difference,
     gap_interval,
     half,
@@ -19,7 +20,7 @@ from benchmarks.common import (
     without_zeros,
 )
 from benchmarks.reward_models_peers import pairs_of_run
-from parts.statistics import is_clear, points
+from parts.statistics import points
 
 NAMES = {
     "sparserm": "SparseRM",
@@ -297,10 +298,8 @@ def claim(found):
     for method in methods_of(*last.values()):
         if method == "sparserm":
             continue
-        of_sign = {1: [], 0: [], -1: []}
-        for name, run in last.items():
-            if method in run["methods"]:
-                of_sign[is_clear(run["methods"][method]["behind"])].append(name)
+        of_sign = by_sign({name: run["methods"][method]["behind"] for name, run in last.items()
+                           if method in run["methods"]})
         text += (f"* *{NAMES[method]}*: clearly ahead of SparseRM on "
                  f"{' and '.join(of_sign[-1]) or 'no set'}, clearly behind on "
                  f"{' and '.join(of_sign[1]) or 'no set'}.\n")

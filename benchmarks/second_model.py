@@ -187,8 +187,8 @@ def claim(second):
             for name, row in second["mean"].items()}
     sentences = []
     for where, gaps in (("the K that cross-validation takes", at_k), ("K = 1", at_1)):
-        found = {sign: [f"{name} ({common.difference(gap)})" for name, gap in gaps.items()
-                        if is_clear(gap) == sign] for sign in (1, -1)}
+        found = common.by_sign({f"{name} ({common.difference(gap)})": gap
+                                for name, gap in gaps.items()})
         sentences.append(f"At {where} SparseRM is clearly ahead of random directions on "
                          f"{', '.join(found[1]) or 'no set'}, clearly behind them on "
                          f"{', '.join(found[-1]) or 'no set'}.")

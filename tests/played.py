@@ -172,7 +172,7 @@ def run_words(words, quicker):
 
 def is_of_the_project(line):
     """Is this a command of a script, or of a tool, of the project?"""
-    return bool(re.match(r"\s*python (0\d_\w+\.py|sae\.py|-m tools\.) ", line))
+    return bool(re.match(r"\s*python (0\d_\w+\.py |sae\.py |-m tools\.)", line))
 
 
 @contextlib.contextmanager
@@ -196,6 +196,14 @@ def world(folder):
         patch.setattr(models, "locate_model", locate_model)
         patch.setattr(sae, "fetch", fetch)
         yield
+
+
+def run_code(block, where):
+    """A block of Python → (its names, what it prints). where: the file it stands in."""
+    names = {"__name__": "__main__"}
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(compile(block, where, "exec", dont_inherit=True), names)
+    return names, out.getvalue()
 
 
 def play(lines, quicker=QUICKER):

@@ -1245,7 +1245,6 @@ def test_of_several_texts_the_one_that_cannot_be_read_is_numbered(finished):
         reward.score(["One", "Is it?", "Two"], ["two", " ", "ten"])
 
 
-
 def test_as_a_trl_reward_function_it_has_a_name_and_is_no_module(reward):
     assert reward.__name__ == "sparserm_reward"
     assert not isinstance(reward, torch.nn.Module)

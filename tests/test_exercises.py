@@ -1,8 +1,6 @@
 """EXERCISES.md: its commands and its code run, its ranges hold what was measured, and the tests of
 exercises/mine.py are red as shipped and green with the project's own functions."""
 
-import contextlib
-import io
 import json
 import os
 import re
@@ -11,7 +9,7 @@ import sys
 
 import pytest
 import tiny
-from played import lines_of, lines_of_make_demo, play, read, world
+from played import lines_of, lines_of_make_demo, play, read, run_code, world
 
 from benchmarks import printed, quiz
 
@@ -31,7 +29,7 @@ def test_there_are_ten_and_each_has_all_its_parts():
 
 
 def test_the_figures_were_printed_by_the_code_that_stands_there():
-    assert PRINTED["exercises_code"] == printed.fingerprint(TEXT)
+    assert PRINTED["exercises_code"] == printed.fingerprint(printed.blocks_of(TEXT))
 
 
 @pytest.mark.parametrize("number", EXERCISES)
@@ -82,13 +80,6 @@ NAMES = {"names": [{"index": 3, "description": "a colour", "right": 8, "tasks": 
          "null": {"right": 4, "tasks": 30}}
 
 
-def run_code(block):
-    """A block of Python → what it prints."""
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        exec(compile(block, "EXERCISES.md", "exec", dont_inherit=True), {"__name__": "__main__"})
-    return out.getvalue()
-
-
 @pytest.fixture(scope="module")
 def played(tmp_path_factory):
     """make demo and then all exercises in a folder of tiny files → {number: what its code prints},
@@ -104,7 +95,8 @@ def played(tmp_path_factory):
                 if kind == "bash":
                     commands += play(lines_of(block), quicker={})
                 else:
-                    texts[number] += run_code(block)
+                    _, shown = run_code(block, "EXERCISES.md")
+                    texts[number] += shown
     return texts, [(line, err[-600:]) for line, code, err in commands if code]
 
 

@@ -13,7 +13,16 @@ import sys
 import pytest
 import tiny
 import torch
-from played import SCRIPTS, bash_of, lines_of_make_demo, play, read, world
+from played import (
+    SCRIPTS,
+    bash_of,
+    is_of_the_project,
+    lines_of_make_demo,
+    play,
+    read,
+    run_code,
+    world,
+)
 from safetensors.torch import load_file
 
 from benchmarks import printed
@@ -101,7 +110,8 @@ def test_what_the_demo_prints_first_is_the_verdict_of_the_committed_figures():
 def test_what_the_first_program_prints_was_printed_by_it():
     shown = re.search(r"<!-- printed -->\n```\n(.*?)```\n<!-- end -->", README, re.S)[1]
     assert shown == results("printed")["readme"]
-    assert results("printed")["readme_code"] == printed.fingerprint_of_program(PYTHON[0])
+    code = printed.fingerprint([printed.first_program(README)])
+    assert results("printed")["readme_code"] == code
 
 
 @pytest.mark.parametrize("name", ["does_it_hold", "second_model"])
@@ -186,9 +196,8 @@ def test_the_layer_of_an_sae_is_told_by_its_repository(played):
 
 def test_the_commands_that_are_not_run_are_those_of_make():
     commands = {line.split("#")[0].strip() for line in BASH} - {""}
-    run = re.compile(r"python (0\d_\w+|sae)\.py |python -m tools\.")
-
-    assert {line for line in commands if not run.match(line)} == {"make demo", "make test"}
+    not_run = {line for line in commands if not is_of_the_project(line)}
+    assert not_run == {"make demo", "make test"}
 
 
 def test_every_target_of_make_that_is_named_exists():
@@ -211,7 +220,7 @@ def test_every_flag_of_a_benchmark_that_is_named_is_one_of_its_script(file):
     named = benchmarks_named_in(read(file))
     assert named or file == "README.md"
     for script, rest in named:
-        source = read(script) + read("benchmarks/does_it_hold.py" if "second" in script else script)
+        source = read(script)
         for flag in re.findall(r"(?<!\w)--[\w-]+", rest):
             assert f'"{flag}"' in source, (script, flag)
 
@@ -226,8 +235,7 @@ def program(word):
 
 def run_program(word):
     """Run that program → its names."""
-    names = {}
-    exec(compile(program(word), "README", "exec", dont_inherit=True), names)
+    names, _ = run_code(program(word), "README.md")
     return names
 
 
