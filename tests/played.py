@@ -59,7 +59,7 @@ MODELS = {
 QUICKER = {
     "tools.train_sae": ["--tokens", 600, "--batch", 64],
     "sample": ["--max-new-tokens", 3],
-    "04_evaluate.py": ["--sweeps", "none"],
+    "04_evaluate.py": ["--sweeps", "none", "--folds", 3],
 }
 
 

@@ -31,7 +31,7 @@ PKU = line_of(prompt="q", response_0="a", response_1="b", safer_response_id=0)
 ONE = "01_extract --model {model} --layer 1 --run {run} --pairs {at}/"
 TWO = "02_select_features --run {run} --sae {at}/"
 THREE = "03_train_head --run {run}"
-FOUR = "04_evaluate --run {run} --texts 0 --sweeps none"
+FOUR = "04_evaluate --run {run} --texts 0 --sweeps none --folds 3"
 SAMPLE = "05_best_of_n sample --reward {run}/reward_head.safetensors --prompts {at}/"
 RANK = "05_best_of_n rank --reward {run}/reward_head.safetensors --candidates {at}/"
 PAIRS = "05_best_of_n pairs --reward {run}/reward_head.safetensors"

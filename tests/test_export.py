@@ -612,7 +612,8 @@ def test_the_card_has_the_test_accuracy_of_stage_4_and_the_licence(tmp_path):
     model = tiny.save_model(tmp_path / "model")
     Path(model, "README.md").write_text("---\nlicense: mit\n---\n")
     head = make_head(tmp_path, model)
-    tiny.succeed("04_evaluate", "--run", tmp_path / "run", "--name", "export", "--texts", 0)
+    tiny.succeed("04_evaluate", "--run", tmp_path / "run", "--name", "export", "--texts", 0,
+                 "--folds", 3)
     evaluation = json.loads((head.parent / "evaluation.json").read_text())
     test = evaluation["test"]
     folder, _ = export(head, tmp_path / "out")
@@ -625,7 +626,8 @@ def test_the_card_has_the_test_accuracy_of_stage_4_and_the_licence(tmp_path):
 
 def test_the_accuracy_of_another_head_is_not_told(tmp_path):
     head = make_head(tmp_path, tiny.save_model(tmp_path / "model"))
-    tiny.succeed("04_evaluate", "--run", tmp_path / "run", "--name", "export", "--texts", 0)
+    tiny.succeed("04_evaluate", "--run", tmp_path / "run", "--name", "export", "--texts", 0,
+                 "--folds", 3)
     tiny.succeed("03_train_head", "--run", tmp_path / "run", "--name", "export", "--k", 2)
     folder, _ = export(head, tmp_path / "out")
     assert "of the training pairs, cross-validated" in card_of(folder)
@@ -662,7 +664,8 @@ def test_the_card_tells_no_path_of_a_model_that_was_moved(tmp_path):
 
 def test_a_damaged_evaluation_is_not_told(tmp_path):
     head = make_head(tmp_path, tiny.save_model(tmp_path / "model"))
-    tiny.succeed("04_evaluate", "--run", tmp_path / "run", "--name", "export", "--texts", 0)
+    tiny.succeed("04_evaluate", "--run", tmp_path / "run", "--name", "export", "--texts", 0,
+                 "--folds", 3)
     whole = (head.parent / "evaluation.json").read_text()
     other = json.loads(whole)
     other["test"]["accuracy"] = 0.99

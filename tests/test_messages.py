@@ -48,7 +48,7 @@ def words_of(line, folder, finished):
 EXTRACT = "01_extract --model {model} --layer 1 --pairs {at}/pairs.jsonl --run "
 SELECT = "02_select_features --run {run} --sae {at}/sae.safetensors --k 8"
 TRAIN = "03_train_head --run {run}"
-EVALUATE = "04_evaluate --run {run} --texts 0 --sweeps none"
+EVALUATE = "04_evaluate --run {run} --texts 0 --sweeps none --folds 3"
 RANK = "05_best_of_n rank --reward {run}/reward_head.safetensors --candidates {at}/answers.jsonl"
 CHECK = "tools/self_check --run {run}"
 TRAIN_SAE = ("tools/train_sae --model {model} --layer 1 --width 32 --k 4 --batch 32 --tokens 640 "
@@ -274,10 +274,8 @@ def one_line(pipe):
 AT_ONCE, AT_THE_END = "1", ""        # when each line is written; usual for a pipe: at the end
 GONE = [            # the command, its lines, its reader, a file that is whole afterwards
     (TRAIN + " --k 2", AT_THE_END, nothing, HEAD),
-    (RANK + " --out {run}/ranked.jsonl", AT_THE_END, nothing, "ranked.jsonl"),
     (RANK + " --out {run}/ranked.jsonl", AT_ONCE, nothing, "ranked.jsonl"),
     (CHECK, AT_THE_END, nothing, HEAD),
-    (CHECK, AT_ONCE, nothing, HEAD),
     (TRAIN_SAE + "run/own.safetensors", AT_THE_END, one_line, "own.checkpoint.safetensors"),
 ]
 

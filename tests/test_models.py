@@ -185,7 +185,7 @@ def test_the_report_is_made_without_a_lens_where_the_output_matrix_lacks(finishe
             "--overwrite")
     succeed("02_select_features", "--run", run, "--sae", folder / "sae.safetensors", "--k", 4)
     succeed("03_train_head", "--run", run)
-    out = succeed("04_evaluate", "--run", run, "--sweeps", "none", "--texts", 1)
+    out = succeed("04_evaluate", "--run", run, "--sweeps", "none", "--texts", 1, "--folds", 3)
     assert "note: no tokens are shown" in out and "lm_head.weight" in out
     found = json.loads((run / "evaluation.json").read_text())["latents"]
     assert found and all(row["tokens"] == [] for row in found)

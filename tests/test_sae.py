@@ -903,21 +903,23 @@ def test_info_on_a_missing_file_is_one_line_and_exit_code_2(tmp_path):
     assert re.fullmatch(r"error: .*missing.*\n", done.stderr)
 
 
-@pytest.mark.parametrize("words, reader, shown", [
-    ("info {folder}", "head -2", 2),
-    ("info {folder}", "head -0", 0),
-    ("info {folder}", "true", 0),
-    ("info --help", "head -0", 0),
+AT_ONCE, AT_THE_END = "1", ""        # when each line is written
+
+
+@pytest.mark.parametrize("words, when, reader, shown", [
+    ("info {folder}", AT_THE_END, "head -2", 2),
+    ("info {folder}", AT_ONCE, "head -2", 2),
+    ("info {folder}", AT_THE_END, "true", 0),
+    ("info {folder}", AT_ONCE, "true", 0),
+    ("info --help", AT_THE_END, "true", 0),
 ])
-def test_a_reader_that_stops_ends_it_quietly(tmp_path, words, reader, shown):
+def test_a_reader_that_stops_ends_it_quietly(tmp_path, words, when, reader, shown):
     folder = write(tmp_path, "saelens", lens())
     piped = f"{sys.executable} {S.__file__} {words.format(folder=folder)} | {reader}"
-    buffered = {name: os.environ[name] for name in os.environ if name != "PYTHONUNBUFFERED"}
-    for environment in (buffered, buffered | {"PYTHONUNBUFFERED": "1"}):
-        done = subprocess.run(["bash", "-c", f"set -o pipefail; {piped}"], env=environment,
-                              capture_output=True, text=True)
-        assert (done.returncode, done.stderr) == (0, "")
-        assert done.stdout.count("\n") == shown
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {piped}"], capture_output=True,
+                          text=True, env={**os.environ, "PYTHONUNBUFFERED": when})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("\n") == shown
 
 
 @pytest.mark.parametrize("name", ["check", "train"])

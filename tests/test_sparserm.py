@@ -14,7 +14,7 @@ stage3 = importlib.import_module("03_train_head")
 
 def elsewhere(code, folder):
     """Run some Python in a folder, the project on PYTHONPATH → what it printed, as JSON."""
-    environment = {**os.environ, "PYTHONPATH": str(tiny.ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(tiny.ROOT), "PYTHONHASHSEED": "3"}
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment,
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -77,7 +77,7 @@ COMMANDS = {
         "03_train_head", "--run {run}",
         earlier="--k 2", now="--k best", next="04"),
     "04": Command(
-        "04_evaluate", "--run {run} --texts 0",
+        "04_evaluate", "--run {run} --texts 0 --folds 3",
         earlier="--sweeps small", now="--sweeps none"),
     "05 sample": Command(
         "05_best_of_n", f"sample {HEAD} --prompts {{at}}/prompts.jsonl --n 3 --max-new-tokens 8",

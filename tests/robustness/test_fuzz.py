@@ -334,7 +334,7 @@ def done(finished, tmp_path_factory):
     extract = ["01_extract", "--model", model, "--pairs", pairs, "--layer", 1, "--run", run]
     select = ["02_select_features", "--run", run, "--sae", sae, "--k", 8]
     train = ["03_train_head", "--run", run]
-    evaluate = ["04_evaluate", "--run", run, "--texts", 0, "--sweeps", "none"]
+    evaluate = ["04_evaluate", "--run", run, "--texts", 0, "--sweeps", "none", "--folds", 3]
     sample = ["05_best_of_n", "sample", "--reward", head, "--prompts", prompts,
               "--n", 2, "--max-new-tokens", 3]
     rank = ["05_best_of_n", "rank", "--reward", head, "--candidates", run / "candidates.jsonl",
