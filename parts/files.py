@@ -188,6 +188,13 @@ def state_of(path):
     return found.st_ino, found.st_mtime_ns
 
 
+class Moved(UserError):
+    """Another process has put another file in the place of the one that is read."""
+
+    def __init__(self, path):
+        super().__init__(f"gone or replaced while it was read · {path} · run the command again")
+
+
 @contextlib.contextmanager
 def told_where_moved(path):
     """Another process may move the file while it is opened: torch then says RuntimeError."""
@@ -196,28 +203,40 @@ def told_where_moved(path):
     except RuntimeError as error:
         if "unable to open file" not in str(error):
             raise
-        raise moved(path) from None
+        raise Moved(path) from None
 
 
-def moved(path):
-    """The error of a file that another process has put another one in the place of."""
-    return UserError(f"gone or replaced while it was read · {path} · run the command again")
+READINGS = 5        # of a file that other processes replace again and again
 
 
 def load_stage(path, made_by="an earlier stage", stage=None):
-    """→ (tensors, metadata) of a stage file."""
+    """→ (tensors, metadata) of a stage file. One that is replaced meanwhile is read anew."""
+    for attempt in range(READINGS):
+        try:
+            tensors, meta = read_stage(path, made_by, stage)
+            break
+        except Moved:
+            if attempt == READINGS - 1:
+                raise
+    wrong = wrong_numbers(tensors)
+    if wrong:
+        raise UserError(f"{wrong} · {meta.advice}")
+    return tensors, meta
+
+
+def read_stage(path, made_by, stage):
+    """→ (tensors, metadata), all of one file: raises Moved where another one came in its place."""
     before = state_of(path)
     meta = read_meta(path, made_by, stage)
     tensors = {}
     with told_where_moved(path):
-        for name in meta.tensors:
-            with safe_open(path, "pt") as file:     # opened anew: the last one's pages are freed
-                tensors[name] = file.get_tensor(name).clone()
-    if state_of(path) != before:
-        raise moved(path)
-    wrong = wrong_numbers(tensors)
-    if wrong:
-        raise UserError(f"{wrong} · {meta.advice}")
+        try:
+            for name in meta.tensors:
+                with safe_open(path, "pt") as file:     # anew: the last one's pages are freed
+                    tensors[name] = file.get_tensor(name).clone()
+        finally:
+            if state_of(path) != before:
+                raise Moved(path)
     return tensors, meta
 
 

@@ -55,7 +55,6 @@ MODELS = {
     "HuggingFaceTB/SmolLM2-1.7B-Instruct": ("llama", "SmolLM2", {}),
 }
 
-# flags that only make a command quicker
 QUICKER = {
     "tools.train_sae": ["--tokens", 600, "--batch", 64],
     "sample": ["--max-new-tokens", 3],
@@ -209,7 +208,7 @@ def run_code(block, where):
 def play(lines, quicker=QUICKER):
     """Run the lines that are commands of the project → [(command, exit code, stderr)].
 
-    quicker: {script: flags that are added}.
+    quicker: {script: flags that only make it quicker}.
     """
     found = []
     for line in lines:

@@ -430,28 +430,43 @@ def test_a_model_with_code_of_its_own_is_refused_and_the_code_not_run(tmp_path, 
 
 # ---------------------------------------------------------------- two processes, one file
 
-def moving(monkeypatch, path, other):
-    """Another process puts `other` in the place of `path` once a tensor of it has been read."""
+def stage_file(path, number, names="abc"):
+    """A stage file whose tensors all hold one number."""
+    files.save_stage(path, {name: torch.full((3,), number) for name in names}, {"stage": "other"})
+    return path
+
+
+def moving(monkeypatch, path, others):
+    """Other processes put one after the other in the place of `path`, each while tensors of it are
+    read."""
     opened = []
 
     def open_and_move(name, framework, safe_open=files.safe_open):
         opened.append(name)
-        if len(opened) == 3:                # the header, the first tensor, then this
-            os.replace(other, path)
+        if len(opened) % 3 == 0 and others:     # the header, the first tensor, then this
+            os.replace(others.pop(0), path)
         return safe_open(name, framework)
     monkeypatch.setattr(files, "safe_open", open_and_move)
-    return opened
 
 
-def test_tensors_of_two_files_are_never_mixed(tmp_path, monkeypatch):
-    old, new = tmp_path / "old.safetensors", tmp_path / "new.safetensors"
-    for path, number in ((old, 1.0), (new, 2.0)):
-        tensors = {name: torch.full((3,), number) for name in ("a", "b", "c")}
-        files.save_stage(path, tensors, {"stage": "other"})
-    opened = moving(monkeypatch, old, new)
+@pytest.mark.parametrize("names", ["abc", "ax"])
+def test_a_file_that_is_replaced_while_it_is_read_is_read_anew(names, tmp_path, monkeypatch):
+    """Its tensors are never mixed with those of the other."""
+    old = stage_file(tmp_path / "old.safetensors", 1.0)
+    new = stage_file(tmp_path / "new.safetensors", 2.0, names)
+    moving(monkeypatch, old, [new])
+    tensors, _ = files.load_stage(old)
+    assert {name: tensor.tolist() for name, tensor in tensors.items()} == {
+        name: [2.0] * 3 for name in names}
+
+
+def test_a_file_that_never_rests_is_one_line(tmp_path, monkeypatch):
+    old = stage_file(tmp_path / "old.safetensors", 1.0)
+    others = [stage_file(tmp_path / f"{n}.safetensors", 2.0) for n in range(20)]
+    moving(monkeypatch, old, others)
     with pytest.raises(files.UserError, match="replaced while it was read .*old.safetensors"):
         files.load_stage(old)
-    assert len(opened) == 4
+    assert len(others) > 10
 
 
 def test_a_file_that_goes_while_it_is_opened_is_not_up_to_date(tmp_path, monkeypatch):
