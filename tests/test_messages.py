@@ -271,12 +271,20 @@ def one_line(pipe):
     pipe.readline()
 
 
+def assert_whole(path):
+    """The file can be read, and nothing half written lies near."""
+    if path.suffix == ".safetensors":
+        assert load_file(path)
+    else:
+        assert [json.loads(row)["best"] for row in path.read_text().splitlines()]
+    assert not list(path.parent.rglob(".*"))
+
+
 AT_ONCE, AT_THE_END = "1", ""        # when each line is written; usual for a pipe: at the end
 GONE = [            # the command, its lines, its reader, a file that is whole afterwards
     (TRAIN + " --k 2", AT_THE_END, nothing, HEAD),
+    (TRAIN + " --k 2", AT_ONCE, nothing, HEAD),
     (RANK + " --out {run}/ranked.jsonl", AT_ONCE, nothing, "ranked.jsonl"),
-    (CHECK, AT_THE_END, nothing, HEAD),
-    (TRAIN_SAE + "run/own.safetensors", AT_THE_END, one_line, "own.checkpoint.safetensors"),
 ]
 
 
@@ -286,12 +294,7 @@ def test_a_reader_that_goes_away_ends_a_command_without_a_word(line, when, reade
                                                               finished):
     words = words_of(line, folder, finished)
     assert run_for(reader, words, folder, PYTHONUNBUFFERED=when) == (141, [])
-    path = folder / "run" / file
-    if path.suffix == ".safetensors":
-        assert load_file(path)
-    else:
-        assert [json.loads(row)["best"] for row in path.read_text().splitlines()]
-    assert not list((folder / "run").rglob(".*"))       # nothing half written
+    assert_whole(folder / "run" / file)
 
 
 def test_help_that_nobody_reads_ends_without_a_word(folder):
@@ -306,6 +309,7 @@ def test_an_error_without_a_reader_still_is_one_line_and_code_2(folder, finished
 def test_a_training_that_its_reader_ended_goes_on_where_it_stopped(folder, finished):
     words = words_of(TRAIN_SAE + "own.safetensors", folder, finished)
     assert run_for(one_line, words, folder) == (141, [])
+    assert_whole(folder / "own.checkpoint.safetensors")
     assert "note: going on behind step " in tiny.succeed(*words)
     assert not (folder / "own.checkpoint.safetensors").exists()
 
