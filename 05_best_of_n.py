@@ -757,9 +757,9 @@ def facts_of(args, reward, c):
     }
 
 
-VERDICT_IS_OF = ("By five folds over all pairs, which test the way it was made more than this one "
-                 "head (K: directions kept on each side; z: the hidden state; dense head: one that "
-                 "reads all of z):")
+VERDICT_IS_OF = ("By {folds} folds over all pairs, which test the way it was made more than this "
+                 "one head (K: directions kept on each side; z: the hidden state; dense head: one "
+                 "that reads all of z):")
 
 
 def evaluation_in_words(path, meta):
@@ -773,7 +773,8 @@ def evaluation_in_words(path, meta):
     if found:
         words["sources"] = ", ".join(found["run"]["sources"]) + ": "
         sentences = "\n".join(f"* {sentence}" for sentence in found["verdict"])
-        words["verdict"] = f"{VERDICT_IS_OF}\n\n{sentences}"
+        basis = VERDICT_IS_OF.format(folds=found["run"]["folds"])
+        words["verdict"] = f"{basis}\n\n{sentences}"
         test = found["test"]
         if test and test["low"] is not None:
             words["accuracy"] = (f"{test['accuracy']:.3f} [{test['low']:.3f}, {test['high']:.3f}] "

@@ -211,12 +211,13 @@ def finding(found):
     def at_chosen_k(control, sign):
         return number_of(is_clear(row["differences"][control]) == sign for row in learned.values())
     return (
-        f"On {len(learned)} of {len(mean)} sets there is something to learn (not on "
-        f"{listed(nothing)}). With few directions, at some K up to 16 a side, those that the SAE "
-        f"chooses are clearly better than as many random ones on {few('random_directions', 1)} of "
-        f"these, clearly worse on {few('random_directions', -1)}; against random directions that "
-        f"are picked by the labels they are clearly better on {few('picked_directions', 1)}, "
-        f"clearly worse on {few('picked_directions', -1)}. At the K that cross-validation takes, "
+        f"On {len(learned)} of {len(mean)} sets there is something to learn: shuffled "
+        f"labels are clearly beaten (not on {listed(nothing)}). Of these {len(learned)}, with few "
+        "directions (at some K up to 16 a side), the SAE's choice is clearly better than as many "
+        f"random ones on {few('random_directions', 1)}, clearly worse on "
+        f"{few('random_directions', -1)}; against random ones picked by the labels it is clearly "
+        f"better on {few('picked_directions', 1)}, clearly worse on "
+        f"{few('picked_directions', -1)}. At the K that cross-validation takes, "
         f"SparseRM clearly beats random directions on {at_chosen_k('random_directions', 1)} and a "
         f"dense head (linear, on all of z) on {at_chosen_k('dense', 1)}; the dense head clearly "
         f"beats it on {at_chosen_k('dense', -1)}.\n")

@@ -211,33 +211,38 @@ READINGS = 5        # of a file that other processes replace again and again
 
 def load_stage(path, made_by="an earlier stage", stage=None):
     """→ (tensors, metadata) of a stage file. One that is replaced meanwhile is read anew."""
-    for attempt in range(READINGS):
-        try:
-            tensors, meta = read_stage(path, made_by, stage)
-            break
-        except Moved:
-            if attempt == READINGS - 1:
-                raise
+    for _ in range(READINGS - 1):
+        with contextlib.suppress(Moved):
+            return read_stage(path, made_by, stage)
+    return read_stage(path, made_by, stage)
+
+
+def read_stage(path, made_by, stage):
+    """→ (tensors, metadata), all of one file: raises Moved where another one came in its place."""
+    before = state_of(path)
+    try:
+        meta = read_meta(path, made_by, stage)
+        tensors = read_tensors(path, meta.tensors)
+    except Exception:               # whatever half of one file and half of another may look like
+        if state_of(path) != before:
+            raise Moved(path) from None
+        raise
+    if state_of(path) != before:
+        raise Moved(path)
     wrong = wrong_numbers(tensors)
     if wrong:
         raise UserError(f"{wrong} · {meta.advice}")
     return tensors, meta
 
 
-def read_stage(path, made_by, stage):
-    """→ (tensors, metadata), all of one file: raises Moved where another one came in its place."""
-    before = state_of(path)
-    meta = read_meta(path, made_by, stage)
+def read_tensors(path, names):
+    """→ {name: tensor}."""
     tensors = {}
     with told_where_moved(path):
-        try:
-            for name in meta.tensors:
-                with safe_open(path, "pt") as file:     # anew: the last one's pages are freed
-                    tensors[name] = file.get_tensor(name).clone()
-        finally:
-            if state_of(path) != before:
-                raise Moved(path)
-    return tensors, meta
+        for name in names:
+            with safe_open(path, "pt") as file:     # opened anew: the last one's pages are freed
+                tensors[name] = file.get_tensor(name).clone()
+    return tensors
 
 
 def check_finite(table, where):

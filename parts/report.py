@@ -176,7 +176,8 @@ def verdict(result):
                      "shuffled labels.")
         return found
     found.append(f"SparseRM ranks {ours['accuracy']:.3f} of the pairs right "
-                 f"[{ours['low']:.3f}, {ours['high']:.3f}], with {ks_of(ours)} directions a side.")
+                 f"[{ours['low']:.3f}, {ours['high']:.3f}]; the folds took K = {ks_of(ours)} "
+                 "directions a side.")
     found += few_directions(result["curves"].get("k"))
     found += what_helps(differences)
     if "blind" in accuracy and accuracy["blind"]["ties_half"] > 0.65:

@@ -55,6 +55,7 @@ MODELS = {
     "HuggingFaceTB/SmolLM2-1.7B-Instruct": ("llama", "SmolLM2", {}),
 }
 
+# flags that make a command quicker
 QUICKER = {
     "tools.train_sae": ["--tokens", 600, "--batch", 64],
     "sample": ["--max-new-tokens", 3],
@@ -164,9 +165,13 @@ def run_words(words, quicker):
     if script == "sae.py":
         return run_sae(*flags, *more)
 
-    path = script.removesuffix(".py").replace("tools.", "tools/")
-    code, _, err = tiny.command(path, *flags, *more)
+    code, _, err = tiny.command(path_of(script), *flags, *more)
     return code, err
+
+
+def path_of(script):
+    """01_extract.py, or tools.train_sae behind -m → what tiny.command takes."""
+    return script.removesuffix(".py").replace("tools.", "tools/")
 
 
 def is_of_the_project(line):
@@ -208,7 +213,7 @@ def run_code(block, where):
 def play(lines, quicker=QUICKER):
     """Run the lines that are commands of the project → [(command, exit code, stderr)].
 
-    quicker: {script: flags that only make it quicker}.
+    quicker: {script: flags that are added}.
     """
     found = []
     for line in lines:

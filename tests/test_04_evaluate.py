@@ -935,8 +935,9 @@ def other_run(noisy, tmp_path_factory):
     return folder / "run"
 
 
-FULL = ["--sweeps", "full", "--texts", 2, "--folds", 3]
-BRIEF = ["--sweeps", "none", "--folds", 3]
+FOLDS = 3               # fewer than usual: quicker
+FULL = ["--sweeps", "full", "--texts", 2, "--folds", FOLDS]
+BRIEF = ["--sweeps", "none", "--folds", FOLDS]
 
 
 @pytest.fixture(scope="module")
@@ -966,7 +967,7 @@ def test_sparserm_and_every_control_have_a_row_on_all_pairs_of_the_run(full):
 
 def test_every_method_with_a_search_has_a_choice_for_each_fold(full):
     for name, row in full["accuracy"].items():
-        assert len(row["choices"]) == 3
+        assert len(row["choices"]) == FOLDS
         if name in WITH_K:
             assert all(k in (1, 2, 4, 8) for k, _ in row["choices"]), name
 
@@ -991,7 +992,7 @@ def test_curves_have_a_row_of_every_size_for_every_method_with_a_k(full):
     assert set(by_k) == {"dense", *WITH_K}
     assert all(set(rows) == {"1", "2", "4", "8"} for rows in by_k.values())
     assert set(by_pairs) == {"sparserm", "dense", "random_directions"}
-    assert all(set(rows) == {"40"} for rows in by_pairs.values())
+    assert all(set(rows) == {str(60 * (FOLDS - 1) // FOLDS)} for rows in by_pairs.values())
     assert all(row == full["accuracy"]["dense"] for row in by_k["dense"].values())     # has no K
 
 
@@ -1199,7 +1200,7 @@ def evaluated(run):
     """evaluate within this process, without curves and texts; the paper's head is too slow."""
     args = argparse.Namespace(sweeps="none", other=[], texts=0)
     with mock.patch.dict(stage4.CONTROLS, paper=stage4.length):
-        result, _ = stage4.evaluate(stage4.Data(run, folds=3), args)
+        result, _ = stage4.evaluate(stage4.Data(run, folds=FOLDS), args)
     return result
 
 
@@ -1275,10 +1276,11 @@ def test_a_run_without_test_pairs_has_an_accuracy_over_the_folds_alone(run):
     assert "calibration" not in found
 
 
-def test_the_folds_are_as_many_as_asked_for(run):
-    found = evaluate(run, *BRIEF)
-    assert found["run"]["folds"] == 3
-    assert all(len(row["choices"]) == 3 for row in found["accuracy"].values())
+def test_the_folds_are_as_many_as_asked_for_and_else_five(full, run):
+    assert full["run"]["folds"] == FOLDS
+    found = evaluate(run, "--sweeps", "none")
+    assert found["run"]["folds"] == 5
+    assert all(len(row["choices"]) == 5 for row in found["accuracy"].values())
 
 
 def test_on_normalised_scores_all_methods_but_the_activations_read_the_normalised_z(run):
@@ -1356,7 +1358,7 @@ def test_with_a_name_the_head_in_that_folder_is_evaluated_beside_the_one_of_the_
     succeed("03_train_head", "--run", run, "--name", "two", "--k", 2, "--l2", 0.5)
     found = evaluate(run, *BRIEF, "--name", "two", folder=run / "two")
     assert (found["run"]["k"], found["run"]["l2"]) == (2, 0.5)
-    assert found["accuracy"]["sparserm"]["choices"] == [[2, 0.5]] * 3
+    assert found["accuracy"]["sparserm"]["choices"] == [[2, 0.5]] * FOLDS
     assert (run / "two/report.html").exists()
     assert not (run / "evaluation.json").exists()
 

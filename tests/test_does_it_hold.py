@@ -31,12 +31,12 @@ def test_the_finding_counts_sets_that_can_be_learned_by_few_directions():
         c=one_set(random_at={2: BELOW, 32: ABOVE}, picked_at={8: ABOVE}),
         coin=one_set(shuffled=LEVEL, random_at={1: ABOVE}, picked_at={1: ABOVE}, dense=ABOVE)))
     assert text == (
-        "On 3 of 4 sets there is something to learn (not on coin). With few directions, at some K "
-        "up to 16 a side, those that the SAE chooses are clearly better than as many random ones "
-        "on 2 of these, clearly worse on 1; against random directions that are picked by the "
-        "labels they are clearly better on 1, clearly worse on 1. At the K that cross-validation "
-        "takes, SparseRM clearly beats random directions on 1 and a dense head (linear, on all of "
-        "z) on none; the dense head clearly beats it on 1.\n")
+        "On 3 of 4 sets there is something to learn: shuffled labels are clearly beaten (not on "
+        "coin). Of these 3, with few directions (at some K up to 16 a side), the SAE's choice is "
+        "clearly better than as many random ones on 2, clearly worse on 1; against random ones "
+        "picked by the labels it is clearly better on 1, clearly worse on 1. At the K that "
+        "cross-validation takes, SparseRM clearly beats random directions on 1 and a dense head "
+        "(linear, on all of z) on none; the dense head clearly beats it on 1.\n")
 
 
 def test_what_the_export_costs_is_told_of_changes_of_two_points_and_of_clear_differences():

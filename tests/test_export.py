@@ -608,26 +608,31 @@ def test_the_base_model_is_named_where_it_is_of_the_hub(files, is_named, exporte
     assert ("| org/name, up to" in card) == is_named
 
 
+def evaluate(folder):
+    """Stage 4 on the head of make_head(), by three folds."""
+    tiny.succeed("04_evaluate", "--run", folder / "run", "--name", "export", "--texts", 0,
+                 "--folds", 3)
+
+
 def test_the_card_has_the_test_accuracy_of_stage_4_and_the_licence(tmp_path):
     model = tiny.save_model(tmp_path / "model")
     Path(model, "README.md").write_text("---\nlicense: mit\n---\n")
     head = make_head(tmp_path, model)
-    tiny.succeed("04_evaluate", "--run", tmp_path / "run", "--name", "export", "--texts", 0,
-                 "--folds", 3)
+    evaluate(tmp_path)
     evaluation = json.loads((head.parent / "evaluation.json").read_text())
     test = evaluation["test"]
     folder, _ = export(head, tmp_path / "out")
     wanted = f"{test['accuracy']:.3f} [{test['low']:.3f}, {test['high']:.3f}] of {test['n']} test"
     assert wanted in card_of(folder)
     assert all(f"\n* {sentence}\n" in card_of(folder) for sentence in evaluation["verdict"])
+    assert "By 3 folds over all pairs" in card_of(folder)
     assert "on pairs.jsonl: pairs with" in card_of(folder)
     assert "license: mit" in card_of(folder) and "| mit |" in card_of(folder)
 
 
 def test_the_accuracy_of_another_head_is_not_told(tmp_path):
     head = make_head(tmp_path, tiny.save_model(tmp_path / "model"))
-    tiny.succeed("04_evaluate", "--run", tmp_path / "run", "--name", "export", "--texts", 0,
-                 "--folds", 3)
+    evaluate(tmp_path)
     tiny.succeed("03_train_head", "--run", tmp_path / "run", "--name", "export", "--k", 2)
     folder, _ = export(head, tmp_path / "out")
     assert "of the training pairs, cross-validated" in card_of(folder)
@@ -664,8 +669,7 @@ def test_the_card_tells_no_path_of_a_model_that_was_moved(tmp_path):
 
 def test_a_damaged_evaluation_is_not_told(tmp_path):
     head = make_head(tmp_path, tiny.save_model(tmp_path / "model"))
-    tiny.succeed("04_evaluate", "--run", tmp_path / "run", "--name", "export", "--texts", 0,
-                 "--folds", 3)
+    evaluate(tmp_path)
     whole = (head.parent / "evaluation.json").read_text()
     other = json.loads(whole)
     other["test"]["accuracy"] = 0.99

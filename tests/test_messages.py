@@ -281,24 +281,23 @@ def assert_whole(path):
 
 
 AT_ONCE, AT_THE_END = "1", ""        # when each line is written; usual for a pipe: at the end
-GONE = [            # the command, its lines, its reader, a file that is whole afterwards
-    (TRAIN + " --k 2", AT_THE_END, nothing, HEAD),
-    (TRAIN + " --k 2", AT_ONCE, nothing, HEAD),
-    (RANK + " --out {run}/ranked.jsonl", AT_ONCE, nothing, "ranked.jsonl"),
+GONE = [            # the command, its lines, a file that is whole afterwards
+    (TRAIN + " --k 2", AT_THE_END, HEAD),
+    (RANK + " --out {run}/ranked.jsonl", AT_ONCE, "ranked.jsonl"),
+    (CHECK, AT_ONCE, HEAD),
 ]
 
 
-@pytest.mark.parametrize("line, when, reader, file", GONE,
-                         ids=[f"{case[0].split()[0]} {case[1]}" for case in GONE])
-def test_a_reader_that_goes_away_ends_a_command_without_a_word(line, when, reader, file, folder,
-                                                              finished):
+@pytest.mark.parametrize("line, when, file", GONE, ids=[case[0].split()[0] for case in GONE])
+def test_a_reader_that_goes_away_ends_a_command_without_a_word(line, when, file, folder, finished):
     words = words_of(line, folder, finished)
-    assert run_for(reader, words, folder, PYTHONUNBUFFERED=when) == (141, [])
+    assert run_for(nothing, words, folder, PYTHONUNBUFFERED=when) == (141, [])
     assert_whole(folder / "run" / file)
 
 
-def test_help_that_nobody_reads_ends_without_a_word(folder):
-    assert run_for(nothing, ["04_evaluate", "--help"], folder) == (0, [])
+@pytest.mark.parametrize("script", ["04_evaluate", "tools/check_sae"])
+def test_help_that_nobody_reads_ends_without_a_word(script, folder):
+    assert run_for(nothing, [script, "--help"], folder) == (0, [])
 
 
 def test_an_error_without_a_reader_still_is_one_line_and_code_2(folder, finished):

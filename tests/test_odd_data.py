@@ -431,19 +431,20 @@ def test_a_model_with_code_of_its_own_is_refused_and_the_code_not_run(tmp_path, 
 # ---------------------------------------------------------------- two processes, one file
 
 def stage_file(path, number, names="abc"):
-    """A stage file whose tensors all hold one number."""
-    files.save_stage(path, {name: torch.full((3,), number) for name in names}, {"stage": "other"})
+    """A stage file whose tensors and settings all hold one number."""
+    tensors = {name: torch.full((3,), number) for name in names}
+    files.save_stage(path, tensors, {"stage": "other", "number": number})
     return path
 
 
 def moving(monkeypatch, path, others):
-    """Other processes put one after the other in the place of `path`, each while tensors of it are
-    read."""
+    """Other processes put one after the other in the place of `path`, one in each reading of it:
+    the header and the first of three tensors come from the file that was there."""
     opened = []
 
     def open_and_move(name, framework, safe_open=files.safe_open):
         opened.append(name)
-        if len(opened) % 3 == 0 and others:     # the header, the first tensor, then this
+        if len(opened) % 4 == 3 and others:
             os.replace(others.pop(0), path)
         return safe_open(name, framework)
     monkeypatch.setattr(files, "safe_open", open_and_move)
@@ -451,13 +452,14 @@ def moving(monkeypatch, path, others):
 
 @pytest.mark.parametrize("names", ["abc", "ax"])
 def test_a_file_that_is_replaced_while_it_is_read_is_read_anew(names, tmp_path, monkeypatch):
-    """Its tensors are never mixed with those of the other."""
+    """It is never mixed with the other."""
     old = stage_file(tmp_path / "old.safetensors", 1.0)
     new = stage_file(tmp_path / "new.safetensors", 2.0, names)
     moving(monkeypatch, old, [new])
-    tensors, _ = files.load_stage(old)
+    tensors, meta = files.load_stage(old)
     assert {name: tensor.tolist() for name, tensor in tensors.items()} == {
         name: [2.0] * 3 for name in names}
+    assert meta["number"] == 2.0 and sorted(meta.tensors) == sorted(names)
 
 
 def test_a_file_that_never_rests_is_one_line(tmp_path, monkeypatch):
@@ -466,7 +468,19 @@ def test_a_file_that_never_rests_is_one_line(tmp_path, monkeypatch):
     moving(monkeypatch, old, others)
     with pytest.raises(files.UserError, match="replaced while it was read .*old.safetensors"):
         files.load_stage(old)
-    assert len(others) > 10
+    assert len(others) == 20 - files.READINGS
+
+
+def test_ctrl_c_while_a_file_is_replaced_stops_the_command(tmp_path, monkeypatch):
+    old = stage_file(tmp_path / "old.safetensors", 1.0)
+    new = stage_file(tmp_path / "new.safetensors", 2.0)
+
+    def move_and_stop(name, framework):
+        os.replace(new, old)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(files, "safe_open", move_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        files.load_stage(old)
 
 
 def test_a_file_that_goes_while_it_is_opened_is_not_up_to_date(tmp_path, monkeypatch):

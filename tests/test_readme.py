@@ -18,6 +18,7 @@ from played import (
     bash_of,
     is_of_the_project,
     lines_of_make_demo,
+    path_of,
     play,
     read,
     run_code,
@@ -144,9 +145,8 @@ def helps():
     found = {}
     for command in COMMANDS:
         script, *words = command.removeprefix("-m ").split()
-        path = script.removesuffix(".py").replace("tools.", "tools/")
-        code, found[command], _ = tiny.command(path, *words, "--help")
-        assert code == 0
+        code, found[command], _ = tiny.command(path_of(script), *words, "--help")
+        assert code == 0, command
     return found
 
 
@@ -386,6 +386,7 @@ def test_the_lines_for_another_engine_lead_to_the_head_of_stage_1(rule, tmp_path
                  "--k", 8)
     tiny.succeed("03_train_head", "--run", run)
     tiny.succeed("04_evaluate", "--run", run, "--texts", 0, "--sweeps", "none", "--folds", 3)
+    tiny.succeed("tools/self_check", "--run", run)              # opens the head and its model
     ours, theirs = [load_file(folder / "reward_head.safetensors") for folder in (own, run)]
     assert ours.keys() == theirs.keys()
     for name in ours:

@@ -112,8 +112,8 @@ def said(differences=None, repeated=0.0, curves=None, correlation=0.84, **rows):
 
 def test_where_all_is_well_the_verdict_is_the_accuracy_and_what_each_part_adds():
     first, *rest = said()
-    assert first == ("SparseRM ranks 0.800 of the pairs right [0.700, 1.000], with 4 to 16 "
-                     "directions a side.")
+    assert first == ("SparseRM ranks 0.800 of the pairs right [0.700, 1.000]; the folds took "
+                     "K = 4 to 16 directions a side.")
     assert len(rest) == len(report.QUESTIONS)
     for sentence, (better, *_) in zip(rest, report.QUESTIONS.values(), strict=True):
         assert sentence == f"{better} (+0.100 [+0.001, +0.200])."

@@ -901,8 +901,8 @@ AT_ONCE, AT_THE_END = "1", ""        # when each line is written
 
 
 @pytest.mark.parametrize("words, when, reader, shown", [
-    ("info {folder}", AT_THE_END, "head -2", 2),
-    ("info {folder}", AT_ONCE, "true", 0),
+    ("info {folder}", AT_ONCE, "head -2", 2),
+    ("info {folder}", AT_THE_END, "true", 0),
     ("info --help", AT_THE_END, "true", 0),
 ])
 def test_a_reader_that_stops_ends_it_quietly(tmp_path, words, when, reader, shown):

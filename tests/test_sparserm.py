@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-import pytest
+import numpy as np
 import tiny
 
 stage3 = importlib.import_module("03_train_head")
@@ -14,6 +14,7 @@ stage3 = importlib.import_module("03_train_head")
 
 def elsewhere(code, folder):
     """Run some Python in a folder, the project on PYTHONPATH → what it printed, as JSON."""
+    # with another hash seed sets come in another order than here
     environment = {**os.environ, "PYTHONPATH": str(tiny.ROOT), "PYTHONHASHSEED": "3"}
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment,
                           capture_output=True, text=True, timeout=300)
@@ -23,14 +24,17 @@ def elsewhere(code, folder):
 
 def test_a_reward_model_is_imported_and_used_from_another_folder(finished, tmp_path):
     head = finished / "reward_head.safetensors"
+    rows = tiny.make_pairs(12)
+    texts = [[row["prompt"] for row in rows] * 2,
+             [row["chosen"] for row in rows] + [row["rejected"] for row in rows]]
     code = f"""
 import json
 from sparserm import RewardModel
 reward = RewardModel.load({str(head)!r})
-print(json.dumps(reward.score(["Is water wet?"] * 2, ["It is.", "No, ten."])))
+print(json.dumps(reward.score(*{texts!r})))
 """
-    here = stage3.RewardModel.load(head).score(["Is water wet?"] * 2, ["It is.", "No, ten."])
-    assert elsewhere(code, tmp_path) == pytest.approx(here, abs=1e-4)
+    here = np.array(stage3.RewardModel.load(head).score(*texts))
+    assert np.abs(elsewhere(code, tmp_path) - here).max() <= 1e-3 * here.std()
 
 
 def test_an_sae_is_read_from_another_folder(finished, tmp_path):

@@ -74,7 +74,7 @@ COMMANDS = {
         "02_select_features", "--run {run} --sae {at}/sae.safetensors",
         earlier="--k 3", now="--k 4", next="03"),
     "03": Command(
-        "03_train_head", "--run {run} --l2 0.1",
+        "03_train_head", "--run {run} --l2 0.1",            # without a search for it: quicker
         earlier="--k 2", now="--k best", next="04"),
     "04": Command(
         "04_evaluate", "--run {run} --texts 0 --folds 3",
