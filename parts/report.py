@@ -249,9 +249,9 @@ def clear_ks(rows, sign):
 # control: (SparseRM is clearly better, no measurable difference, the control is clearly better)
 QUESTIONS = {
     "random_directions": (
-        "At the K chosen: clearly better than random directions",
-        "At the K chosen: no measurable difference to random directions",
-        "At the K chosen: random directions are clearly better"),
+        "At the K that the folds took: clearly better than random directions",
+        "At the K that the folds took: no measurable difference to random directions",
+        "At the K that the folds took: random directions are clearly better"),
     "picked_directions": (
         "Clearly better than random directions picked by the labels",
         "No measurable difference to random directions picked by the labels",

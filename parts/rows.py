@@ -204,6 +204,9 @@ def pairs_of_row(row, label=None):
             pairs = pairs_of_trl(row)
         else:
             names = ", ".join(sorted(map(str, row)))
+            missing = {"chosen", "rejected"} - set(row)
+            if len(missing) == 1:
+                raise NoLayout(f"no {missing.pop()} among the columns: {names}")
             raise NoLayout(f"columns not recognised: {names}")
         return [(behind_context(row, prompt), *sides) for prompt, *sides in pairs]
     except Unreadable as reason:

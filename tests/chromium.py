@@ -117,7 +117,10 @@ class Browser:
     def open(self, page):
         """Open a file, or load it again, and wait until its scripts have run."""
         self.events.clear()
-        self.ask("Page.navigate", url=page.as_uri())
+        if self.value("location.href") == page.as_uri():
+            self.ask("Page.reload")     # in the same process: it knows what was stored just now
+        else:
+            self.ask("Page.navigate", url=page.as_uri())
         while "Page.loadEventFired" not in self.events:
             self.receive()
 

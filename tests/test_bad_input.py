@@ -50,7 +50,7 @@ BAD_FILES = [
     (ONE + "bad.jsonl", PAIR.decode().encode("utf-16"), "bad.jsonl"),
     (ONE + "bad.jsonl", b"\xff\xfe\xfa", "bad.jsonl"),
     (ONE + "bad.jsonl", line_of(question="q", answer="a"), "not recognised: answer, question"),
-    (ONE + "bad.jsonl", line_of(prompt="q", chosen="a"), "not recognised: chosen, prompt · .*:1 "),
+    (ONE + "bad.jsonl", line_of(prompt="q", chosen="a"), "no rejected among .*, prompt · .*:1 "),
     (ONE + "bad.jsonl", PKU, "--label"),
     (ONE + "bad.jsonl --label better", PKU, "better_response_id"),
     (ONE + "bad.jsonl", PAIR + line_of(prompt="q", chosen=1, rejected=2) * 2, "more than half"),

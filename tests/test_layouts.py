@@ -682,7 +682,7 @@ UNUSABLE = [        # a line of a JSONL file, what the reason says
     ('{"prompt": null, "chosen": "Yes, we do.", "rejected": "Yes, we don\'t."}', "non-text prompt"),
     ('{"prompt": "", "chosen": "a b", "rejected": "a c"}', "empty or non-text prompt"),
     ('{"prompt": [{"role": "user"}], "chosen": "b", "rejected": "c"}', "without role and content"),
-    ('{"prompt": "q", "chosen": "a"}', "columns not recognised: chosen, prompt"),
+    ('{"prompt": "q", "chosen": "a"}', "no rejected among the columns: chosen, prompt"),
     ('{"prompt": "q"}', "columns not recognised: prompt"),
     ("5", "not a JSON object"),
 ]
