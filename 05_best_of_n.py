@@ -716,14 +716,19 @@ def distance_from_head(folder, reward, c):
 
 def report_export(args, reward, model, c, distance):
     """The lines at the end."""
+    family = type(model).__name__
+    dtype = str(model.dtype).removeprefix("torch.")
+    blocks = reward.meta["layer"] + 1
+    all_blocks = len(reward.backbone.blocks)
     whole = reward.meta["parameters"]
     kept = sum(parameter.numel() for parameter in model.parameters())
-    print(f"\n{type(model).__name__}, {reward.meta['layer'] + 1} of {len(reward.backbone.blocks)} "
-          f"blocks, {kept:,} of {whole:,} parameters ({kept / whole:.0%}), "
-          f"{str(model.dtype).removeprefix('torch.')}")
+    card = Path(args.out) / "README.md"
+
+    print(f"\n{family}, {blocks} of {all_blocks} blocks, {kept:,} of {whole:,} parameters "
+          f"({kept / whole:.0%}), {dtype}")
     print(f"its logit is reward - c, c = {c:.6g}; on a few texts it was at most {distance:.1e} of "
           "the rewards' std away")
-    print(f"written {args.out}, how to use it: {Path(args.out) / 'README.md'}")
+    print(f"written {args.out}, how to use it: {card}")
     print("\nnext: transformers.AutoModelForSequenceClassification.from_pretrained("
           f"{str(args.out)!r})")
 

@@ -35,6 +35,7 @@ head on z that was trained on the dev pairs alone? How many lie outside of what 
 trained on, how many were cut off, how long are they, how many differ?
 """
 
+import functools
 import gc
 import json
 import sys
@@ -413,13 +414,20 @@ def save_policy(model, tokenizer, folder):
         tokenizer.save_pretrained(part)
 
 
+@functools.cache
 def second_judge(work):
     """A dense head on z, trained on the dev pairs, which nothing else is trained on."""
-    prompts = [row["prompt"] for row in work.dev]
-    z = [work.reward.hidden(prompts, [row[side] for row in work.dev]) for side in SIDES]
-    group = np.array([stage1.hash_number(row["question"]) for row in work.dev])
-    nothing = np.zeros(len(work.dev), int)
-    pairs = stage4.Pairs(z, torch.from_numpy(nothing), group, [nothing, nothing], work.dev)
+    rows = work.dev
+    prompts = [row["prompt"] for row in rows]
+    z = []
+    for side in SIDES:
+        answers = [row[side] for row in rows]
+        z.append(work.reward.hidden(prompts, answers))
+
+    group = np.array([stage1.hash_number(row["question"]) for row in rows])
+    zeros = np.zeros(len(rows), int)
+    pairs = stage4.Pairs(z, split=torch.from_numpy(zeros), group=group, tokens=[zeros, zeros],
+                         pairs=rows)
     return common.fit_dense(pairs)
 
 
@@ -538,14 +546,20 @@ def rounds_table(found):
 
 def cells_of_round(row, is_first=False):
     """The cells of a policy. is_first: unaligned, which the others are compared with."""
-    cells = {name: interval(row[name], "mean") for name in METRICS}
-    cells |= {name: common.difference(row[name]) for name in IN_STD}
+    cells = {}
+    for name in METRICS:
+        cells[name] = interval(row[name], "mean")
+    for name in IN_STD:
+        cells[name] = "0" if is_first else common.difference(row[name])
+    for name in ("outside", "cut"):
+        cells[name] = f"{row[name]['mean']:.1%}"
     if is_first:
-        cells |= {"implicit": "–", "reward": "0", "judge": "0"}
-    cells |= {name: f"{row[name]['mean']:.1%}" for name in ("outside", "cut")}
-    words = [f"{row['words'][end]:.1f}" for end in ("mean", "low", "high")]
-    cells["words"] = "{} [{}, {}]".format(*words)
-    return [*(cells[name] for name in TITLES), f"{row['distinct']:.0%} of {row['answers']}"]
+        cells["implicit"] = "–"
+
+    words = row["words"]
+    cells["words"] = f"{words['mean']:.1f} [{words['low']:.1f}, {words['high']:.1f}]"
+    in_order = [cells[name] for name in TITLES]
+    return [*in_order, f"{row['distinct']:.0%} of {row['answers']}"]
 
 
 def gains_of_round(number, row):

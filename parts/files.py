@@ -238,10 +238,9 @@ def read_stage(path, made_by, stage):
 def read_tensors(path, names):
     """→ {name: tensor}."""
     tensors = {}
-    with told_where_moved(path):
-        for name in names:
-            with safe_open(path, "pt") as file:     # opened anew: the last one's pages are freed
-                tensors[name] = file.get_tensor(name).clone()
+    for name in names:
+        with safe_open(path, "pt") as file:     # opened anew: the last one's pages are freed
+            tensors[name] = file.get_tensor(name).clone()
     return tensors
 
 

@@ -449,9 +449,14 @@ def print_curve(out, result, rows, top, drawn):
 
 def print_widest_gap(row):
     """A prompt with its best and its worst candidate."""
-    prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
-    print(f"\nwidest gap   {' '.join(prompt.split())[:90]!r}")
+    prompt = row["prompt"]
+    if not isinstance(prompt, str):
+        prompt = prompt[-1]["content"]              # of the last turn
+    on_one_line = " ".join(prompt.split())
+    print(f"\nwidest gap   {on_one_line[:90]!r}")
+
     scores = row["scores"]
     for name, score in (("best ", max(scores)), ("worst", min(scores))):
-        candidate = row["candidates"][scores.index(score)]
+        at = scores.index(score)
+        candidate = row["candidates"][at]
         print(f"  {name} {score:+.2f}   {candidate[:90]!r}")

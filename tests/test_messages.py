@@ -280,11 +280,10 @@ def assert_whole(path):
     assert not list(path.parent.rglob(".*"))
 
 
-AT_ONCE, AT_THE_END = "1", ""        # when each line is written; usual for a pipe: at the end
 GONE = [            # the command, its lines, a file that is whole afterwards
-    (TRAIN + " --k 2", AT_THE_END, HEAD),
-    (RANK + " --out {run}/ranked.jsonl", AT_ONCE, "ranked.jsonl"),
-    (CHECK, AT_ONCE, HEAD),
+    (TRAIN + " --k 2", tiny.AT_THE_END, HEAD),
+    (RANK + " --out {run}/ranked.jsonl", tiny.AT_ONCE, "ranked.jsonl"),
+    (CHECK, tiny.AT_ONCE, HEAD),
 ]
 
 

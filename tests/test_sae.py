@@ -897,13 +897,10 @@ def test_info_on_a_missing_file_is_one_line_and_exit_code_2(tmp_path):
     assert re.fullmatch(r"error: .*missing.*\n", err)
 
 
-AT_ONCE, AT_THE_END = "1", ""        # when each line is written
-
-
 @pytest.mark.parametrize("words, when, reader, shown", [
-    ("info {folder}", AT_ONCE, "head -2", 2),
-    ("info {folder}", AT_THE_END, "true", 0),
-    ("info --help", AT_THE_END, "true", 0),
+    ("info {folder}", tiny.AT_ONCE, "head -2", 2),
+    ("info {folder}", tiny.AT_THE_END, "true", 0),
+    ("info --help", tiny.AT_THE_END, "true", 0),
 ])
 def test_a_reader_that_stops_ends_it_quietly(tmp_path, words, when, reader, shown):
     folder = write(tmp_path, "saelens", lens())

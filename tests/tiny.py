@@ -22,6 +22,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parent.parent
+# PYTHONUNBUFFERED: when each line of a command is written; usual for a pipe: at the end
+AT_ONCE, AT_THE_END = "1", ""
 WIDTH, LAYERS, WINDOW = 32, 3, 8
 SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 SENTENCES = ["The liver makes bile and the gallbladder stores it.", "Is water wet? Yes, it is. No, "
